@@ -1,0 +1,134 @@
+"""This machine: every rank under one `deepspeed` launcher, watched until the end."""
+
+import hashlib
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import supervise
+from launcher.job import JobError, JobSpec
+from launcher.marker import read_marker
+from launcher.plan import Plan
+
+HELP = "run on this machine, on its GPUs or on CPU ranks"
+
+_CPU_RANKS = 2  # enough to exercise every collective; more ranks than that on one CPU only share its cores
+_DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a plan depends on besides the job: cores, accelerators, and the variables already set."""
+
+    cores: int
+    accelerators: int
+    env: frozenset[str] = frozenset()
+    python_path: str = ""
+
+    @classmethod
+    def here(cls) -> "Host":
+        """This machine, looked at without importing torch."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = [path for pattern in _DEVICE_FILES for path in Path("/dev").glob(pattern)]
+        return cls(cores, len(devices), frozenset(os.environ), os.environ.get("PYTHONPATH", ""))
+
+
+def plan(job: JobSpec, host: Host | None = None) -> Plan:
+    """The `deepspeed` command for ``job`` on ``host`` (this machine unless given). Writes nothing.
+
+    Raises:
+        JobError: the job wants more than one node.
+    """
+    if job.nodes != 1:
+        raise JobError(f"nodes={job.nodes} but the local backend is one machine; set nodes=1 or use another backend")
+    host = host or Host.here()
+    ranks = job.ranks_per_node or host.accelerators or min(_CPU_RANKS, host.cores)
+    env = {"PYTHONPATH": _python_path(host)}
+    if "OMP_NUM_THREADS" not in host.env:
+        env["OMP_NUM_THREADS"] = str(max(1, host.cores // ranks))  # or every rank takes every core
+    if not host.accelerators and "DS_ACCELERATOR" not in host.env:
+        env["DS_ACCELERATOR"] = "cpu"
+    env.update(job.env)
+    deepspeed = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(job.port or _port(job))]
+    deepspeed += ["--no_local_rank", "--log_level", "error", "--module", job.module]
+    return Plan(
+        backend="local",
+        name=job.name,
+        output=job.output,
+        log=_log(job),
+        commands=((*deepspeed, *job.arguments()),),
+        env=tuple(sorted(env.items())),
+    )
+
+
+def submit(plan: Plan) -> int:
+    """Run ``plan`` to its end and tell the truth about it.
+
+    Returns:
+        0 only if rank 0 wrote the run's end marker since the start and every process ended with 0; else the
+        exit code of `deepspeed`, or 128 + the signal that stopped the run, or 1.
+    Raises:
+        JobError: the port is taken, or `deepspeed` is not installed.
+    """
+    for file in plan.files:
+        Path(file.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(file.path).write_text(file.text)
+    before = read_marker(plan.output)
+    outcome = supervise.Outcome(0)
+    for command in plan.commands:
+        _check_port(command)
+        try:
+            outcome = supervise.run(command, dict(plan.env), Path(plan.log))
+        except FileNotFoundError:
+            raise JobError(f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`") from None
+        if outcome.code or outcome.stopped_by:
+            break
+    after = read_marker(plan.output)
+    return _verdict(plan, outcome, finished=after is not None and after != before)
+
+
+def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
+    if finished and outcome.code == 0:
+        return 0
+    if finished:
+        said, code = f"wrote its end marker, but a process exited with {outcome.code}", outcome.code
+    elif outcome.stopped_by is not None:
+        said = f"was stopped by {outcome.stopped_by.name} before its end; the same command continues it"
+        code = outcome.code or 128 + outcome.stopped_by
+    else:
+        said = f"ended with exit code {outcome.code} and without the end marker in {plan.output}"
+        code = outcome.code or 1
+    print(f"run {plan.name!r} {said}. The end of {plan.log}:", file=sys.stderr)
+    print(supervise.tail(Path(plan.log)), file=sys.stderr)
+    return code
+
+
+def _port(job: JobSpec) -> int:
+    # Two runs on one machine must not meet; the same run keeps its port, so the plan stays the same.
+    digest = hashlib.sha256(f"{job.name}\n{job.output}".encode()).digest()
+    return 20_000 + int.from_bytes(digest[:4], "big") % 10_000
+
+
+def _check_port(command: tuple[str, ...]) -> None:
+    if "--master_port" not in command:
+        return
+    port = int(command[command.index("--master_port") + 1])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise JobError(f"port={port} is in use on this machine; is this run already going? Else pass --port") from None
+
+
+def _log(job: JobSpec) -> str:
+    # A log is appended to while it is read, which an object store cannot do.
+    folder = Path("runs", job.name) if "://" in job.output else Path(job.output)
+    return str(folder / "launcher.log")
+
+
+def _python_path(host: Host) -> str:
+    checkout = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(part for part in (checkout, host.python_path) if part)

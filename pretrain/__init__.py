@@ -1,0 +1,3 @@
+"""DiffDis pretraining: one dual-stream diffusion network that generates and discriminates."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,45 @@
+"""`evaluate`: a run's evaluators on its newest committed checkpoint, in one process."""
+
+import argparse
+
+HELP = "score a run's newest checkpoint with its evaluators (zero-shot, retrieval, samples, validation)"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("--output", required=True, help="the run's output folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="overrides",
+        help="override one field, such as evaluators.zero_shot.noises=8",
+    )
+    parser.add_argument("--only", action="append", help="run this evaluator alone; may be repeated")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the metrics as JSON."""
+    import json
+
+    from pretrain import config, plugins
+    from pretrain.errors import ConfigError
+    from pretrain.export import load_task
+    from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
+    from pretrain.train import evaluate
+
+    task, settings, tokenizer, samples = load_task(args.output)
+    tree = settings.model_dump(mode="json")
+    for text in args.overrides:
+        tree = config.merge(tree, config.parse_override(text))
+    settings = config.build(RunConfig, tree)
+    checked = check_evaluators(settings.evaluators)
+    names = args.only or list(checked)
+    for name in names:
+        if name not in checked:
+            raise ConfigError(f"--only {name!r} is not configured; there are: {', '.join(checked)}")
+    built = {n: plugins.load(EVALUATORS, n, "evaluators").build(checked[n]) for n in names}
+    metrics, files = evaluate(task, settings, tokenizer, built, names, samples)
+    print(json.dumps({"samples": samples, **metrics, "files": [str(f) for f in files]}, indent=1))
+    return 0

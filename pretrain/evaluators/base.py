@@ -1,0 +1,67 @@
+"""An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave pictures)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from pretrain.config import Config
+from pretrain.inference import Heads
+from pretrain.task import PretrainTask
+
+
+class EvaluatorConfig(Config):
+    """Attributes:
+    every_samples: samples of training between runs; None runs it at the end of training alone.
+    at_start: also before the first step.
+    """
+
+    every_samples: int | None = Field(None, ge=1)
+    at_start: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: an unpartitioned copy of the task on this rank, and what reads text and images.
+
+    Attributes:
+        task: in eval mode, on this rank's device.
+        heads: its inference procedures.
+        tokenizer: `pretrain.data.tokenizer.Tokenizer`.
+        data: the run's `DataConfig`.
+        folder: where pictures go (rank 0 writes).
+        samples: progress, for file names.
+        rank, world: this rank's share of the work is every item i with i % world == rank.
+    """
+
+    task: PretrainTask
+    heads: Heads
+    tokenizer: Any
+    data: Any
+    folder: Path
+    samples: int
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """Metrics by name, and files to keep as artifacts. The same on every rank, files on rank 0 only."""
+
+    metrics: dict[str, float]
+    files: tuple[Path, ...] = ()
+
+
+class Evaluator(Protocol):
+    """What ``build(settings)`` of a file returns."""
+
+    def run(self, subject: Subject) -> Result:
+        """Evaluate. Called by every rank; may use `comm` collectives, the same ones on every rank."""
+
+
+def share(n: int, rank: int, world: int) -> list[int]:
+    """Indices of ``range(n)`` that are this rank's."""
+    return list(range(rank, n, world))
+
+

@@ -1,0 +1,93 @@
+"""Pixels to latents and back. Frozen, and outside the engine: no parameter of it is ever partitioned."""
+
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from pretrain.config import Config
+
+
+class Autoencoder(Protocol):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, channels, H / factor, W / factor) and back."""
+
+    channels: int
+    factor: int
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Latents of about unit scale."""
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Images; may leave [-1, 1] slightly."""
+
+
+class SpaceToDepthConfig(Config):
+    """Blocks of factor × factor pixels become channels: exact, invertible, free. factor 1 is plain pixels."""
+
+    kind: Literal["space_to_depth"] = "space_to_depth"
+    factor: int = Field(2, ge=1)
+
+
+class DiffusersConfig(Config):
+    """A pretrained autoencoder in diffusers' format.
+
+    Attributes:
+        path: a folder, or a hub name that the machine can reach.
+        model: the diffusers class.
+        subfolder: where in the folder it lies; "vae" in a pipeline folder.
+    """
+
+    kind: Literal["diffusers"] = "diffusers"
+    path: str
+    model: Literal["AutoencoderKL", "AutoencoderTiny"] = "AutoencoderKL"
+    subfolder: str | None = None
+
+
+AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discriminator="kind")]
+
+
+class SpaceToDepth:
+    """An exact, parameter-free autoencoder."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+        self.channels = 3 * factor**2
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        return F.pixel_unshuffle(images_BCHW, self.factor)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        return F.pixel_shuffle(z_BCHW, self.factor)
+
+
+class Diffusers:
+    """AutoencoderKL or AutoencoderTiny, frozen; latents are scaled by the model's own factor."""
+
+    def __init__(self, config: DiffusersConfig) -> None:
+        import diffusers
+
+        vae: Any = getattr(diffusers, config.model).from_pretrained(
+            config.path, subfolder=config.subfolder
+        )
+        self.vae = vae.eval().requires_grad_(False)
+        self.channels = int(vae.config.latent_channels)
+        self.factor = 2 ** (len(getattr(vae.config, "block_out_channels", [0] * 4)) - 1)
+        self.scale = float(vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        encoded = self.vae.to(images_BCHW.device).encode(images_BCHW.to(self.vae.dtype))
+        # The mode, not a draw: the latent of a sample is then a function of its pixels alone.
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents * self.scale).float()
+
+    @torch.no_grad()
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        return self.vae.to(z_BCHW.device).decode((z_BCHW / self.scale).to(self.vae.dtype)).sample.float()
+
+
+def build_autoencoder(config: SpaceToDepthConfig | DiffusersConfig) -> Autoencoder:
+    """The autoencoder of ``config``; a diffusers one is read from its folder."""
+    return Diffusers(config) if isinstance(config, DiffusersConfig) else SpaceToDepth(config.factor)

@@ -1,0 +1,192 @@
+"""DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training pass."""
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from pretrain.config import Config
+from pretrain.diffusion.path import StreamConfig, build_path
+from pretrain.model.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    SpaceToDepthConfig,
+    build_autoencoder,
+)
+from pretrain.model.dual_stream import DualStreamUNet
+from pretrain.model.text_encoder import TextEncoder, TextEncoderConfig
+from pretrain.model.text_stream import TextStreamConfig
+from pretrain.model.unet import UNetConfig
+from pretrain.types import ModelOutput, Noised, TextFeatures
+
+
+class ModelConfig(Config):
+    """All that defines the network's function: its shape and the meaning of its outputs.
+
+    Attributes:
+        image_size: pixels on a side.
+        autoencoder: pixels to latents.
+        unet, text_encoder, text_stream: the parts.
+        image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for the
+            image and x0 for the text query.
+    """
+
+    image_size: int = 32
+    autoencoder: AutoencoderConfig = SpaceToDepthConfig()
+    unet: UNetConfig = UNetConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    text_stream: TextStreamConfig = TextStreamConfig()
+    image_path: StreamConfig = StreamConfig()
+    text_path: StreamConfig = StreamConfig(predict="x0")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if isinstance(self.autoencoder, SpaceToDepthConfig):
+            levels = 2 ** (len(self.unet.channels) - 1)
+            step = self.autoencoder.factor * levels
+            if self.image_size % step:
+                raise ValueError(
+                    f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
+                    f"{self.autoencoder.factor} × {levels} for {len(self.unet.channels)} unet levels); "
+                    f"try {max(step, self.image_size // step * step)}"
+                )
+        if self.text_path.predict != "x0":
+            raise ValueError(
+                f"text_path.predict={self.text_path.predict!r}: the alignment loss reads ê_0 (DiffDis Eq. 8); use x0"
+            )
+        return self
+
+
+class DiffDis(nn.Module):
+    """The network that is trained, exported and served.
+
+    Args:
+        config: its definition.
+        vocab_size: of the tokenizer it is trained with.
+        null_tokens_L, null_mask_L: the empty prompt, tokenised; it is the condition "no caption".
+        autoencoder: given where it was loaded already; else built from ``config``.
+    """
+
+    null_tokens_L: Tensor
+    null_mask_L: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        null_tokens_L: Tensor,
+        null_mask_L: Tensor,
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        # Not a submodule: a frozen autoencoder must be neither partitioned nor optimised nor saved.
+        self._autoencoder = (autoencoder or build_autoencoder(config.autoencoder),)
+        self.image_path = build_path(config.image_path)
+        self.text_path = build_path(config.text_path)
+        self.text_encoder = TextEncoder(config.text_encoder, vocab_size)
+        self.trunk = DualStreamUNet(
+            config.unet,
+            config.text_stream,
+            latent_channels=self.autoencoder.channels,
+            latent_size=config.image_size // self.autoencoder.factor,
+            condition_dim=config.text_encoder.width,
+            query_dim=config.text_encoder.query_dim,
+        )
+        self.register_buffer("null_tokens_L", null_tokens_L, persistent=False)
+        self.register_buffer("null_mask_L", null_mask_L, persistent=False)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The frozen image autoencoder."""
+        return self._autoencoder[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        side = self.config.image_size // self.autoencoder.factor
+        return (self.autoencoder.channels, side, side)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Computation type of the weights."""
+        return self.trunk.unet.conv_in.weight.dtype
+
+    def encode_text(self, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[TextFeatures, Tensor]:
+        """Features of texts, and the null prompt's condition (1, L, D), in one pass of the encoder."""
+        tokens = torch.cat([tokens_BL, self.null_tokens_L[None, : tokens_BL.shape[1]].to(tokens_BL)])
+        mask = torch.cat([mask_BL, self.null_mask_L[None, : mask_BL.shape[1]].to(mask_BL.device)])
+        features = self.text_encoder(tokens, mask)
+        return TextFeatures(features.c_BLD[:-1], features.e_BE[:-1]), features.c_BLD[-1:]
+
+    def forward(self, noised: Noised, generation: bool = True, alignment: bool = True) -> ModelOutput:
+        """The stacked pass: generation half, then alignment half, one encoder pass on both.
+
+        Args:
+            noised: inputs of both halves, B samples each.
+            generation, alignment: which halves the run's objectives read; fixed for a run, so that every
+                rank runs the same modules at every step.
+        """
+        dtype, n = self.dtype, len(noised.z_BCHW)
+        z_path, e_path = self.image_path, self.text_path
+        halves: list[tuple[Tensor, ...]] = []
+        if generation:
+            halves.append(
+                (
+                    z_path.network_input(noised.z_t_BCHW, noised.t_z_B),
+                    z_path.schedule.embed(noised.t_z_B),
+                    noised.c_BLD,
+                    # Masked out of attention: what stands here cannot reach the image stream.
+                    torch.zeros_like(noised.e_t_BE),
+                    torch.zeros_like(noised.t_e_B),
+                    torch.zeros_like(noised.t_e_B, dtype=torch.bool),
+                )
+            )
+        if alignment:
+            clean = torch.zeros_like(noised.t_z_B)
+            halves.append(
+                (
+                    z_path.network_input(noised.z_BCHW, clean),
+                    z_path.schedule.embed(clean),
+                    noised.null_c_BLD,  # never the caption: it would leak the answer
+                    noised.e_t_BE,
+                    e_path.schedule.embed(noised.t_e_B),
+                    torch.ones_like(noised.t_e_B, dtype=torch.bool),
+                )
+            )
+        z, t_z, c, e, t_e, seen = (torch.cat(parts) for parts in zip(*halves, strict=True))
+        encoded = self.trunk.encode(z.to(dtype), t_z, c.to(dtype), e.to(dtype), t_e, seen)
+        f_z = e0_hat = None
+        if generation:
+            f_z = self.trunk.decode(encoded.first(n), noised.c_BLD.to(dtype)).float()
+        if alignment:
+            e0_hat = self.trunk.predict_query(encoded.last(n)).float()
+        return ModelOutput(f_z, e0_hat)
+
+    def denoise_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
+        """x_0 estimate of the generation branch, for samplers."""
+        query = z_t_BCHW.new_zeros(len(z_t_BCHW), self.config.text_encoder.query_dim, dtype=self.dtype)
+        unseen = torch.zeros(len(z_t_BCHW), dtype=torch.bool, device=z_t_BCHW.device)
+        path = self.image_path
+        encoded = self.trunk.encode(
+            path.network_input(z_t_BCHW, t_z_B).to(self.dtype),
+            path.schedule.embed(t_z_B),
+            c_BLD.to(self.dtype),
+            query,
+            torch.zeros_like(t_z_B),
+            unseen,
+        )
+        f = self.trunk.decode(encoded, c_BLD.to(self.dtype)).float()
+        return path.x0_of(f, z_t_BCHW, t_z_B)
+
+    def denoise_query(self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor) -> Tensor:
+        """ê_0 of the alignment branch given clean latents, not normalised."""
+        clean = torch.zeros(len(z_BCHW), device=z_BCHW.device)
+        encoded = self.trunk.encode(
+            self.image_path.network_input(z_BCHW, clean).to(self.dtype),
+            self.image_path.schedule.embed(clean),
+            null_c_1LD.expand(len(z_BCHW), -1, -1).to(self.dtype),
+            e_t_BE.to(self.dtype),
+            self.text_path.schedule.embed(t_e_B),
+            torch.ones(len(z_BCHW), dtype=torch.bool, device=z_BCHW.device),
+        )
+        return self.trunk.predict_query(encoded).float()

@@ -1,0 +1,157 @@
+"""The dual-stream U-Net of DiffDis: Stable Diffusion's U-Net, and a text token in its encoder and mid block.
+
+One pass serves both tasks. The generation half (noisy image, caption, query masked out of attention) and the
+alignment half (clean image at t_z = 0, null prompt, noisy query) are stacked along the batch; the encoder
+runs once on both, the decoder on the first half alone. So every parameter is gathered once a step under
+ZeRO-3, and every rank runs the same modules in the same order.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model.text_stream import AlignmentHead, QueryTime, TextStreamBlock, TextStreamConfig
+from pretrain.model.unet import UNetConfig, build_unet
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder and mid block leave: the mid map, the skips for the decoder, the text token h_e."""
+
+    mid_BCHW: Tensor
+    skips: tuple[Tensor, ...]
+    time_BD: Tensor
+    h_BE: Tensor
+
+    def first(self, n: int) -> "Encoded":
+        """The first ``n`` samples (the generation half)."""
+        return self._part(slice(None, n))
+
+    def last(self, n: int) -> "Encoded":
+        """The last ``n`` samples (the alignment half)."""
+        return self._part(slice(-n, None))
+
+    def _part(self, s: slice) -> "Encoded":
+        return Encoded(self.mid_BCHW[s], tuple(k[s] for k in self.skips), self.time_BD[s], self.h_BE[s])
+
+
+class DualStreamUNet(nn.Module):
+    """`unet` is diffusers' UNet2DConditionModel by name; `blocks` and `head` are the text stream."""
+
+    def __init__(
+        self,
+        unet: UNetConfig,
+        stream: TextStreamConfig,
+        latent_channels: int,
+        latent_size: int,
+        condition_dim: int,
+        query_dim: int,
+    ) -> None:
+        super().__init__()
+        self.stream = stream
+        self.unet = build_unet(unet, latent_channels, condition_dim)
+        self.query_time = QueryTime(query_dim)
+        widths = [c for c, attends in zip(unet.channels, unet.attention, strict=True) if attends for _ in range(unet.layers)]
+        if stream.fusion == "mid":
+            widths = []
+        self.blocks = nn.ModuleList(
+            TextStreamBlock(query_dim, width, unet.transformer_layers) for width in [*widths, unet.channels[-1]]
+        )
+        mid_size = latent_size // 2 ** (len(unet.channels) - 1)
+        self.head = AlignmentHead(stream, query_dim, unet.channels[-1], mid_size**2)
+
+    def encode(
+        self,
+        z_BCHW: Tensor,
+        t_z_B: Tensor,
+        c_BLD: Tensor,
+        e_BE: Tensor,
+        t_e_B: Tensor,
+        query_seen_B: Tensor,
+    ) -> Encoded:
+        """Encoder and mid block on images, with the query as one more token of each self-attention.
+
+        Args:
+            z_BCHW: the network's image input.
+            t_z_B, t_e_B: embedded times in [0, 1000].
+            c_BLD: token-wise condition.
+            e_BE: (noisy) query.
+            query_seen_B: bool; where False no image token attends to the query, so the image stream is
+                exactly Stable Diffusion's.
+        """
+        u = self.unet
+        time_BD = u.time_embedding(u.time_proj(t_z_B).to(z_BCHW.dtype))
+        inject_BE = e_BE + self.query_time(t_e_B, e_BE.dtype)
+        h_BE = torch.zeros_like(e_BE)
+        streams = iter(self.blocks)
+
+        h = u.conv_in(z_BCHW)
+        skips = [h]
+        for down in u.down_blocks:
+            attentions: list[Any] = list(getattr(down, "attentions", [None] * len(down.resnets)))
+            for resnet, attention in zip(down.resnets, attentions, strict=True):
+                h = resnet(h, time_BD)
+                if attention is not None:
+                    block = next(streams) if self.stream.fusion == "all" else None
+                    h, h_BE = self._transform(attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B)
+                skips.append(h)
+            for downsampler in down.downsamplers or ():
+                h = downsampler(h)
+                skips.append(h)
+        h = u.mid_block.resnets[0](h, time_BD)
+        h, h_BE = self._transform(u.mid_block.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B)
+        h = u.mid_block.resnets[1](h, time_BD)
+        return Encoded(h, tuple(skips), time_BD, h_BE)
+
+    def decode(self, encoded: Encoded, c_BLD: Tensor) -> Tensor:
+        """Diffusers' own up blocks and output layers: the image stream's raw prediction F."""
+        u, h, skips = self.unet, encoded.mid_BCHW, encoded.skips
+        for up in u.up_blocks:
+            here, skips = skips[-len(up.resnets) :], skips[: -len(up.resnets)]
+            extra = {"encoder_hidden_states": c_BLD} if hasattr(up, "attentions") else {}
+            h = up(hidden_states=h, res_hidden_states_tuple=here, temb=encoded.time_BD, **extra)
+        return u.conv_out(u.conv_act(u.conv_norm_out(h)))
+
+    def predict_query(self, encoded: Encoded) -> Tensor:
+        """ê_0, shape (B, E), from the text token and the mid map."""
+        return self.head(encoded.h_BE, encoded.mid_BCHW)
+
+    def _transform(
+        self,
+        attention: Any,
+        block: TextStreamBlock | None,
+        x_BCHW: Tensor,
+        c_BLD: Tensor,
+        h_BE: Tensor,
+        inject_BE: Tensor,
+        query_seen_B: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One transformer of the image stream (diffusers' Transformer2DModel) with the query in it (Fig. 3)."""
+        batch, _, height, width = x_BCHW.shape
+        x_BNC, _ = attention._operate_on_continuous_inputs(x_BCHW)
+        if block is None:
+            for layer in attention.transformer_blocks:
+                x_BNC = layer(x_BNC, encoder_hidden_states=c_BLD)
+        else:
+            n = x_BNC.shape[1]
+            # u = FC_in(h_{e,l-1} + (e_t + Embed(t_e))): the query enters anew at every block.
+            skip = h_BE if self.stream.skip else 0
+            u_B1C = block.fc_in(skip + inject_BE)[:, None]
+            bias = x_BNC.new_zeros(batch, 1, n + 1)
+            bias[:, 0, n] = torch.where(query_seen_B, 0.0, float("-inf"))
+            for layer, norm, feed_forward in zip(
+                attention.transformer_blocks, block.norms, block.feed_forwards, strict=True
+            ):
+                joint = torch.cat([x_BNC, u_B1C], dim=1)
+                joint = joint + layer.attn1(layer.norm1(joint), attention_mask=bias)
+                x_BNC, u_B1C = joint[:, :n], joint[:, n:]
+                x_BNC = x_BNC + layer.attn2(layer.norm2(x_BNC), encoder_hidden_states=c_BLD)
+                x_BNC = x_BNC + layer.ff(layer.norm3(x_BNC))
+                u_B1C = u_B1C + feed_forward(norm(u_B1C))
+            h_BE = block.fc_out(u_B1C[:, 0])
+        out = attention._get_output_for_continuous_inputs(
+            x_BNC, x_BCHW, batch, height, width, x_BNC.shape[-1]
+        )
+        return out, h_BE

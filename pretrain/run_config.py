@@ -1,0 +1,108 @@
+"""The whole configuration of a run: one frozen tree, composed of the nodes that each part declares."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from pretrain import plugins
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.config import Config, build
+from pretrain.data.loader import DataConfig
+from pretrain.engine import EngineConfig, OptimizerConfig, accumulation
+from pretrain.errors import ConfigError
+from pretrain.evaluators.base import EvaluatorConfig
+from pretrain.inference import InferenceConfig
+from pretrain.model.diffdis import ModelConfig
+from pretrain.task import TaskConfig, check_objectives
+from pretrain.tracking import TrackingConfig
+
+EVALUATORS = "pretrain.evaluators"
+
+
+class TrainingConfig(Config):
+    """How long, and in what steps. Progress is counted in samples, so the batch size may change in mid-run.
+
+    Attributes:
+        samples: samples to see in all.
+        global_batch: samples of one optimizer step over all ranks; also what contrast is drawn from.
+        log_every_samples: samples between log lines.
+    """
+
+    samples: int = Field(ge=1)
+    global_batch: int = Field(128, ge=1)
+    log_every_samples: int = Field(1280, ge=1)
+
+
+class RunConfig(Config):
+    """A run.
+
+    Attributes:
+        name: of the model, for the registry and the log.
+        output: folder of everything the run leaves.
+        seed: of initialisation, order, noise and augmentation.
+        objectives, evaluators: settings by plug-in name, checked against each plug-in's own file.
+    """
+
+    name: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objectives: dict[str, dict[str, Any]]
+    task: TaskConfig = TaskConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    inference: InferenceConfig = InferenceConfig()
+    evaluators: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "RunConfig":
+        if self.data.size != self.model.image_size:
+            raise ValueError(
+                f"data.size={self.data.size} and model.image_size={self.model.image_size} differ; make them equal"
+            )
+        if self.data.tokens != self.model.text_encoder.length:
+            raise ValueError(
+                f"data.tokens={self.data.tokens} and model.text_encoder.length={self.model.text_encoder.length} "
+                "differ; make them equal"
+            )
+        try:
+            check_objectives(self.objectives)
+            check_evaluators(self.evaluators)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def check_ranks(self, world: int) -> None:
+        """What can only be known with the number of ranks.
+
+        Raises:
+            ConfigError: the batch does not divide.
+        """
+        accumulation(self.engine, self.training.global_batch, world)
+
+    def resolved(self) -> dict[str, Any]:
+        """The tree with every default filled in, those of plug-ins too; JSON types only."""
+        tree = self.model_dump(mode="json")
+        for name, settings in check_objectives(self.objectives).items():
+            tree["objectives"][name] = settings.model_dump(mode="json")
+        for name, checked in check_evaluators(self.evaluators).items():
+            tree["evaluators"][name] = checked.model_dump(mode="json")
+        return tree
+
+
+def check_evaluators(tree: Mapping[str, Any]) -> dict[str, EvaluatorConfig]:
+    """Settings of each evaluator, validated by its own file.
+
+    Raises:
+        ConfigError: an unknown evaluator or field.
+    """
+    checked = {}
+    for name, fields in tree.items():
+        module = plugins.load(EVALUATORS, name, f"evaluators.{name}")
+        checked[name] = build(module.Settings, fields or {}, where=f"evaluators.{name}")
+    return checked
