@@ -38,12 +38,12 @@ COPY requirements.txt /tmp/requirements.txt
 # torch first, alone: the largest layer changes only with its pin (or with the file, which is small and rarely edited).
 RUN python3 -m venv /opt/venv \
     && case "${FLAVOR}" in \
-         cuda) index= ;; \
-         cpu) index="--index-url https://download.pytorch.org/whl/cpu" ;; \
+         cuda) ;; \
+         cpu) export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
          *) echo "FLAVOR=${FLAVOR} must be cuda or cpu" >&2; exit 1 ;; \
        esac \
     && torch="$(grep '^torch==' /tmp/requirements.txt)" \
-    && pip install --no-cache-dir --disable-pip-version-check ${index} "${torch}"
+    && pip install --no-cache-dir --disable-pip-version-check "${torch}"
 RUN pip install --no-cache-dir --disable-pip-version-check --requirement /tmp/requirements.txt
 
 FROM base AS run

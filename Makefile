@@ -22,7 +22,7 @@ help: ## list the targets
 env: $(STAMP) ## make or update the environment in .venv
 
 demo: $(STAMP) ## train, score, register and show a small model on two CPU ranks, in OUTPUT
-	$(PY) -m pretrain demo --output "$(OUTPUT)"
+	$(PY) -m pretrain demo --set output="$(OUTPUT)"
 
 test: $(STAMP) ## run the tests (PYTEST_ARGS narrows them)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -33,12 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     known = "\n".join(f"  {name:<12} {backends.load(name).HELP}" for name in backends.names())
     parser = argparse.ArgumentParser(
         prog="python -m launcher",
-        description="Start a pretraining run. It continues by itself if its output folder holds one.",
+        description="Start a pretraining run; it continues what its output folder holds.",
         epilog=f"backends:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("backend", help="where to run; one of those below")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run, as in configs/")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file of the run, as in configs/"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -47,14 +49,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="lay a value over the config",
     )
-    parser.add_argument("--output", metavar="DIR", help="folder or URL of the run (default: the config's)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder or URL of the run (default: the config's)"
+    )
     parser.add_argument("--name", help="name of the job (default: from the config's file name)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on each node (default: one per GPU, or 2 on CPU)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks on each node (default: one per GPU, or 2 on CPU)",
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="variable for every rank; never logged if secret"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="variable for every rank; never logged if secret",
     )
-    parser.add_argument("--port", type=int, help="port of the rendezvous (default: derived from name and output)")
+    parser.add_argument(
+        "--port", type=int, help="port of the rendezvous (default: derived from name and output)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     return parser
 
@@ -85,7 +100,7 @@ def _name(config: str) -> str:
 
 
 def _output(config: str, overrides: Sequence[str]) -> str:
-    """The run's output folder, found as the trainer finds it: last override, else config, else its base."""
+    """The run's output folder, as the trainer finds it: last override, config, or its base."""
     for override in reversed(overrides):
         name, _, value = override.partition("=")
         if name.strip() == OUTPUT_FIELD:
@@ -100,11 +115,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise JobError(f"config={str(path)!r} cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise JobError(
+            f"config={str(path)!r} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise JobError(f"config={str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise JobError(f"config={str(path)!r} must hold a mapping of fields, it holds {type(tree).__name__}")
+        raise JobError(
+            f"config={str(path)!r} must hold a mapping of fields, it holds {type(tree).__name__}"
+        )
     base = tree.get("base")
     if base is None:
         return tree

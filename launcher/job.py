@@ -68,9 +68,14 @@ class JobSpec:
         object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
 
     def arguments(self) -> tuple[str, ...]:
-        """What follows the module: command, config and overrides, with the output folder as the last one."""
+        """What follows the module: command, config, overrides, the output folder as the last."""
         sets = [*self.overrides, f"{OUTPUT_FIELD}={self.output}"]
-        return (*self.command, "--config", self.config, *(part for s in sets for part in ("--set", s)))
+        return (
+            *self.command,
+            "--config",
+            self.config,
+            *(part for s in sets for part in ("--set", s)),
+        )
 
 
 def _text(name: str, value: object, shown: str = "") -> None:

@@ -9,9 +9,10 @@ MARKER = "_FINISHED"
 
 
 def read_marker(output: str) -> tuple[str, str] | None:
-    """When the marker of ``output`` (a path or an fsspec URL) was written, and its text; None without a whole one.
+    """When the marker of ``output`` (a path or an fsspec URL) was written, and its text.
 
-    Two readings that differ mean that the run finished between them: no two clocks are compared.
+    None if there is no whole marker. Two readings that differ mean that the run finished between
+    them: no two clocks are compared.
     """
     import fsspec
 

@@ -1,4 +1,4 @@
-"""What a backend would do for a job, as data: printable, comparable, without a secret on the page."""
+"""What a backend would do for a job, as data: printable, comparable, without a secret in it."""
 
 import re
 import shlex
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(://)[^/@\s'\"]+:[^/@\s'\"]*@")
 _HIDDEN = "***"
-_SHORTEST_SECRET = 6  # shorter values are ordinary words ("true"), which may stand elsewhere in a plan
+_SHORTEST_SECRET = (
+    6  # shorter values are ordinary words ("true"), which may stand elsewhere in a plan
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Runs one command as a process group of its own, passes stop signals to its ranks, and ends what is left.
+"""Runs one command as a process group, passes stop signals to its ranks, ends what is left.
 
-Signals go to the ranks, not to the `deepspeed` launcher above them: that one dies of a signal and leaves
-its ranks alive, and the process below it stops the ranks one after the other, data workers included,
-which breaks a last collective save (deepspeed 0.19.8, launcher/runner.py and launcher/launch.py).
+Signals go to the ranks, not to the `deepspeed` launcher above them: that one dies of a signal and
+leaves its ranks alive, and the process below it stops the ranks one after the other, data workers
+included, which breaks a last collective save (deepspeed 0.19.8, launcher/runner.py, launch.py).
 """
 
 import os
@@ -21,12 +21,20 @@ GRACE_SECONDS = 120.0  # for the last checkpoint; then the group is terminated
 _KILL_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 # Left over from another launcher, these would make this run's ranks believe they are that one's.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code as a shell reports it, and the stop signal that was passed on, if any."""
+    """How a command ended: exit code as a shell gives it, and the stop signal it got, if any."""
 
     code: int
     stopped_by: signal.Signals | None = None
@@ -35,9 +43,9 @@ class Outcome:
 def run(
     argv: Sequence[str], env: Mapping[str, str], log: Path, grace_seconds: float = GRACE_SECONDS
 ) -> Outcome:
-    """Run ``argv`` with ``env`` added, its output appended to ``log`` and copied to standard output.
+    """Run ``argv`` with ``env`` added; its output is appended to ``log`` and copied to stdout.
 
-    The output goes through the file, so that ranks which outlive this process never write to a closed pipe.
+    It goes through the file, so that ranks which outlive this process never write to a closed pipe.
     No process of the group is left when this returns. A second SIGINT stops without grace.
 
     Raises:
@@ -75,7 +83,10 @@ def tail(log: Path, lines: int = 20) -> str:
 
 
 def _watch(
-    process: "subprocess.Popen[bytes]", copy: BinaryIO, pending: list[signal.Signals], grace_seconds: float
+    process: "subprocess.Popen[bytes]",
+    copy: BinaryIO,
+    pending: list[signal.Signals],
+    grace_seconds: float,
 ) -> signal.Signals | None:
     stopped_by: signal.Signals | None = None
     deadline = float("inf")
@@ -113,7 +124,11 @@ def _ranks(launcher: int) -> list[int]:
     with suppress(psutil.Error):
         below = psutil.Process(launcher).children(recursive=True)
         with_rank = {process.pid for process in below if ranked(process)}
-        return [process.pid for process in below if process.pid in with_rank and process.ppid() not in with_rank]
+        return [
+            process.pid
+            for process in below
+            if process.pid in with_rank and process.ppid() not in with_rank
+        ]
     return []
 
 
@@ -146,7 +161,7 @@ def _signal_group(group: int, number: int) -> bool:
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     env.update(extra)
-    # `deepspeed` and ninja stand beside python, and that folder is on PATH only in an activated environment.
+    # `deepspeed` stands beside python; that folder is on PATH only in an activated environment.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env
 
@@ -163,7 +178,10 @@ def _mirror(copy: BinaryIO) -> None:
 def _stop_signals() -> Iterator[list[signal.Signals]]:
     """Collect stop signals in the list this yields, instead of dying of them."""
     pending: list[signal.Signals] = []
-    before = {s: signal.signal(s, lambda number, _: pending.append(signal.Signals(number))) for s in STOP_SIGNALS}
+    before = {
+        s: signal.signal(s, lambda number, _: pending.append(signal.Signals(number)))
+        for s in STOP_SIGNALS
+    }
     try:
         yield pending
     finally:

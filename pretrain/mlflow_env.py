@@ -15,6 +15,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",  # no warning where git is not installed
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # a uv.lock of the working directory is not the model's
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its own 7 tries take minutes; ours are resumable
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -55,6 +56,11 @@ def require_uri(uri: str | None) -> str:
 def public(uri: str) -> str:
     """``uri`` without user and password: the form that may be written down and logged."""
     return re.sub(r"(?<=://)[^/\s]*@", "", uri)
+
+
+def key(name: str) -> str:
+    """``name`` in the characters and the length that MLflow takes: recall@5 is recall_at_5."""
+    return re.sub(r"[^/\w.\- ]", "_", name.replace("@", "_at_"))[:250]
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled ops on CPU: build none that training does not use, and never wait on a dead build.
+"""DeepSpeed's compiled ops on CPU: build none that training does not use, wait on no dead build.
 
 Read in deepspeed 0.19.8: `init_distributed` compiles `deepspeed_shm_comm` in every rank
 (comm/torch.py `build_shm_op`), about 100 s of CPU. Only `inference_all_reduce` calls it, and only
@@ -20,7 +20,7 @@ from pathlib import Path
 
 SHM_VARIABLE = "DIFFDIS_SHM"
 
-# FileBaton.release closes its file and removes it in two calls; a lock seen between them is gone by then.
+# FileBaton.release closes its file, then removes it: a lock seen in between is gone after this.
 _RELEASE_SECONDS = 0.2
 
 
@@ -36,7 +36,7 @@ def prepare() -> None:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed to use the CPU where torch sees no GPU; a value already in the environment stays.
+    """Tell DeepSpeed to use the CPU where torch sees no GPU; a value already set stays.
 
     DeepSpeed would come to the same choice, after two warnings in every process.
     """
@@ -69,11 +69,11 @@ def skip_shm_op() -> None:
 
 
 def own_extensions_dir() -> Path:
-    """Set TORCH_EXTENSIONS_DIR to a folder of this environment on this host, made if needed; return it.
+    """Set TORCH_EXTENSIONS_DIR to a folder of this environment on this host; make and return it.
 
     The folder's name hashes what a compiled op depends on, so two environments never load each
-    other's, and the host, so that a lock's holder is always a process that can be seen here. A value
-    that the user has set stays.
+    other's, and the host, so that a lock's holder is always a process that can be seen here. A
+    value that the user has set stays.
     """
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(chosen) if chosen else _cache_home() / "torch_extensions" / _environment_key()
@@ -92,9 +92,9 @@ def own_extensions_dir() -> Path:
 def clear_stale_locks(folder: Path) -> list[Path]:
     """Remove the `lock` files below ``folder`` that killed builds left; return those removed.
 
-    torch waits for ever while a `lock` exists. A live build keeps its lock file open from the moment it
-    exists (torch.utils.file_baton), so a lock that no process has open is stale, whatever its age.
-    Without /proc nothing is removed. Safe to call from many processes at once, also during a build.
+    torch waits for ever while a `lock` exists. A live build keeps its lock file open from the
+    moment it exists (torch.utils.file_baton), so a lock that no process has open is stale, whatever
+    its age. Without /proc nothing is removed. Safe in many processes at once, also during a build.
     """
     if not Path("/proc/self/fd").is_dir():
         return []
@@ -102,7 +102,7 @@ def clear_stale_locks(folder: Path) -> list[Path]:
 
     removed = []
     with open(folder / ".clearing", "w") as gate:
-        # One clearer at a time: between our look and our unlink nobody else can have replaced the file.
+        # One clearer at a time: nobody else replaces the file between our look and our unlink.
         fcntl.flock(gate, fcntl.LOCK_EX)
         suspects = {lock: _identity(lock) for lock in folder.rglob("lock")}
         held = _open_files() if suspects else set()
@@ -118,7 +118,7 @@ def clear_stale_locks(folder: Path) -> list[Path]:
 
 
 def build_ops() -> bool:
-    """Compile the shared-memory op in this environment's cache, if `DIFFDIS_SHM=1`; whether it was wanted.
+    """Compile the shared-memory op in this environment's cache, if `DIFFDIS_SHM=1`; else False.
 
     For one process, before the ranks start: they then load it in a moment.
 
@@ -174,7 +174,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 def _open_files() -> set[tuple[int, int, int]]:
     """Identities of the files that the processes we may look into hold open."""
-    found = set()
+    found: set[tuple[int, int, int] | None] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             descriptors = list((process / "fd").iterdir())
@@ -185,4 +185,6 @@ def _open_files() -> set[tuple[int, int, int]]:
 
 
 if __name__ == "__main__":
-    print("shared-memory op is ready" if build_ops() else f"nothing to build ({SHM_VARIABLE} is not 1)")
+    print(
+        "shared-memory op is ready" if build_ops() else f"nothing to build: {SHM_VARIABLE} is not 1"
+    )

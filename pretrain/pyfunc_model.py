@@ -1,9 +1,8 @@
-"""The model that MLflow serves: code, run from this file, over safetensors; nothing is unpickled.
+"""The model that MLflow serves: this file's code over safetensors; nothing is unpickled.
 
 MLflow executes this file by its path at load (models-from-code), with the logged copy of the
-package first on sys.path. So in a fresh process `import pretrain` finds the logged code, even inside
-a checkout; in a process that has imported another `pretrain`, Python keeps that, and load_context
-warns.
+package first on sys.path. So a fresh process imports the logged `pretrain`, even in a checkout. In
+a process that has imported another one, Python keeps that, and a warning says so.
 """
 
 import base64

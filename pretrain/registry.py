@@ -1,6 +1,6 @@
 """The model registry: code and safetensors, no pickle, every byte hashed.
 
-A version is an MLflow model (models-from-code, see pyfunc_model.py) with one file more, `SHA256SUMS`,
+A version is an MLflow model (models-from-code, see pyfunc_model.py) with one more file, SHA256SUMS,
 whose own hash is a tag of the version. So the registry vouches for what the artifact store holds.
 """
 
@@ -86,48 +86,35 @@ def register(
     """
     folder = Path(folder)
     _check_exported(folder)
-    mlflow = mlflow_env.load()
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient(uri, registry_uri=uri)
-    try:
-        with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-            experiment_id = (
-                client.get_run(run_id).info.experiment_id
-                if run_id
-                else mlflow_env.experiment_id(client, uri, experiment)
-            )
-            logged = client.create_logged_model(experiment_id, name, source_run_id=run_id)
-            path = Path(scratch) / "version"
-            try:
-                _save(folder, path, logged, run_id, input_example)
-                client.log_model_artifacts(logged.model_id, str(path))
-            except BaseException:
-                client.finalize_logged_model(logged.model_id, "FAILED")
-                raise
-            client.finalize_logged_model(logged.model_id, "READY")
-            if run_id:
-                from mlflow.entities import LoggedModelOutput
-
-                client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            sums = storage.sha256(str(path / SUMS))
-            made = _create_version(
-                client, name, logged.model_id, run_id, {SUMS_TAG: sums, **(tags or {})}
-            )
-        for key, value in _card_metrics(folder).items():
-            client.set_model_version_tag(name, made.version, f"metric.{key}", repr(value))
+    with _mlflow(uri, f"name={name!r}") as client, tempfile.TemporaryDirectory() as scratch:
+        experiment_id = (
+            client.get_run(run_id).info.experiment_id
+            if run_id
+            else mlflow_env.experiment_id(client, uri, experiment)
+        )
+        logged = client.create_logged_model(experiment_id, name, source_run_id=run_id)
+        path = Path(scratch) / "version"
         try:
-            with tempfile.TemporaryDirectory(prefix="register-") as scratch:
-                pull(f"models:/{name}/{made.version}", uri, Path(scratch) / "model")
-        except RegistryError:
-            client.delete_model_version(name, made.version)
+            _save(folder, path, logged, run_id, input_example)
+            client.log_model_artifacts(logged.model_id, str(path))
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
             raise
-        client.set_registered_model_alias(name, alias, made.version)
-    except MlflowException as error:
-        raise RegistryError(
-            f"MLflow at {mlflow_env.public(uri)} refused name={name!r}: {error}"
-        ) from error
-    return Registered(name, str(made.version), alias, f"models:/{name}@{alias}", run_id)
+        client.finalize_logged_model(logged.model_id, "READY")
+        if run_id:
+            from mlflow.entities import LoggedModelOutput
+
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        all_tags = {f"metric.{key}": repr(value) for key, value in _card_metrics(folder).items()}
+        all_tags |= {**(tags or {}), SUMS_TAG: storage.sha256(str(path / SUMS))}
+        version = _create_version(client, name, logged.model_id, run_id, all_tags)
+        try:
+            pull(f"models:/{name}/{version}", uri, Path(scratch) / "pulled")
+        except BaseException:
+            client.delete_model_version(name, version)
+            raise
+        client.set_registered_model_alias(name, alias, version)
+    return Registered(name, version, alias, f"models:/{name}@{alias}", run_id)
 
 
 def pull(model_uri: str, uri: str, out: str | Path) -> Path:
@@ -145,27 +132,21 @@ def pull(model_uri: str, uri: str, out: str | Path) -> Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RegistryError(f"out={str(out)!r} is not empty; give a folder that does not exist yet")
-    mlflow = mlflow_env.load()
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient(uri, registry_uri=uri)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=out.parent) as scratch:
-        try:
+        with _mlflow(uri, f"model={model_uri!r}") as client:
+            from mlflow.artifacts import download_artifacts
+            from mlflow.models import Model
+
             version = _find_version(client, model_uri)
-            with _global_uri(mlflow, uri):
-                exact = f"models:/{version.name}/{version.version}"
-                downloaded = mlflow.artifacts.download_artifacts(exact, dst_path=scratch)
-        except (MlflowException, OSError) as error:
-            raise RegistryError(
-                f"model={model_uri!r} cannot be had from {mlflow_env.public(uri)}: {error}"
-            ) from error
-        verify(downloaded, version.tags.get(SUMS_TAG))
-        flavor = mlflow.models.Model.load(str(downloaded)).flavors["python_function"]
+            exact = f"models:/{version.name}/{version.version}"
+            downloaded = Path(download_artifacts(exact, dst_path=scratch))
+            verify(downloaded, version.tags.get(SUMS_TAG))
+            flavor = Model.load(str(downloaded)).flavors["python_function"]
         if out.exists():
             out.rmdir()
-        shutil.move(str(Path(downloaded) / flavor["artifacts"]["model"]["path"]), out)
+        (downloaded / flavor["artifacts"]["model"]["path"]).rename(out)
     return out
 
 
@@ -188,8 +169,9 @@ def verify(folder: str | Path, sums_sha256: str | None) -> None:
         )
     lines = (line.partition("  ") for line in listing.read_text(encoding="utf-8").splitlines())
     recorded = {file: digest for digest, _, file in lines}
-    # MLflow adds `registered_model_meta` to what it downloads.
-    found = set(_files(folder)) - {SUMS, "registered_model_meta"}
+    # MLflow adds `registered_model_meta`, and Python its cache where a model is loaded in place.
+    found = {file for file in _files(folder) if "/__pycache__/" not in file}
+    found -= {SUMS, "registered_model_meta"}
     for file in sorted(found | recorded.keys()):
         if file not in found:
             raise RegistryError(f"file={file!r} is missing from the version; {remedy}")
@@ -314,7 +296,7 @@ def _release(package: str) -> str:
 
 def _create_version(
     client: Any, name: str, model_id: str, run_id: str | None, tags: Mapping[str, str]
-) -> Any:
+) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -322,16 +304,16 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(
-        name, f"models:/{model_id}", run_id, tags=dict(tags), model_id=model_id
-    )
+    source = f"models:/{model_id}"
+    made = client.create_model_version(name, source, run_id, tags=dict(tags), model_id=model_id)
+    return str(made.version)
 
 
 def _find_version(client: Any, model_uri: str) -> Any:
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
     if match is None:
         raise RegistryError(
-            f"model={model_uri!r} is not models:/NAME@ALIAS or models:/NAME/VERSION"
+            f"model={model_uri!r} names no version; give models:/NAME@ALIAS or models:/NAME/VERSION"
         )
     name, alias, number = match.groups()
     return (
@@ -342,16 +324,27 @@ def _find_version(client: Any, model_uri: str) -> Any:
 
 
 @contextmanager
-def _global_uri(mlflow: Any, uri: str) -> Iterator[None]:
-    """MLflow resolves models:/ through its global settings alone; they are put back."""
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+def _mlflow(uri: str, what: str) -> Iterator[Any]:
+    """A client for ``uri``, which is MLflow's global URI meanwhile: only so is models:/ resolved.
+
+    Raises:
+        RegistryError: in place of MLflow's own, naming ``what``.
+    """
+    mlflow = mlflow_env.load()
+    from mlflow.exceptions import MlflowException
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     try:
-        yield
+        yield mlflow.MlflowClient(uri)
+    except MlflowException as error:
+        where = mlflow_env.public(uri)
+        raise RegistryError(f"{what}: MLflow at {where} says: {error}") from error
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(None)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:  # set_tracking_uri writes the variable, too
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _check_exported(folder: Path) -> None:
@@ -368,9 +361,10 @@ def _card(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _card_metrics(folder: Path) -> dict[str, Any]:
+def _card_metrics(folder: Path) -> dict[str, float]:
     metrics = _card(folder).get("metrics") or {}
-    return {re.sub(r"[^\w.\- /]", "_", name): value for name, value in metrics.items()}
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return {mlflow_env.key(name): value for name, value in numbers.items()}
 
 
 def _files(folder: Path) -> list[str]:
@@ -400,18 +394,21 @@ def _pickle_content(stream: IO[bytes]) -> str | None:
     """Why the bytes are a pickle, or None.
 
     Protocol 2 and later begins with a marker: it counts if a valid opcode follows (the length at
-    the head of a safetensors file can look like the marker). Protocols 0 and 1 have none: there all
-    must be valid opcodes up to a STOP and call something, or else plain words would count.
+    the head of a safetensors file can look like the marker). Protocols 0 and 1 have none, and
+    letters are opcodes there: the whole file must be one program that keeps its stack in order and
+    calls something.
     """
     head = stream.read(_PICKLE_WINDOW_BYTES)
-    operations = []
+    operations, end = [], 0
     try:
-        for operation, _, _ in pickletools.genops(head):
+        for operation, _, position in pickletools.genops(head):
             operations.append(operation.name)
-    except (ValueError, OverflowError):  # the opcodes of other files break off within a few bytes
-        pass
+            end = (position or 0) + 1
+        pickletools.dis(head, out=io.StringIO())  # raises where the stack is out of order
+    except (ValueError, OverflowError):  # other files break off within a few bytes
+        end = 0
     if operations[:1] == ["PROTO"] and len(operations) >= 2:
         return "begins as a pickle"
-    if operations[-1:] == ["STOP"] and _PICKLE_CALLS.intersection(operations):
+    if end == len(head) and _PICKLE_CALLS.intersection(operations):
         return "is a pickle of protocol 0 or 1"
     return None

@@ -1,4 +1,4 @@
-"""What every test shares: one thread a process, the checkout's path, and what a missing program means."""
+"""What every test shares: one thread a process, the checkout's path, the rule for programs."""
 
 import os
 import shutil
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported anywhere: tests start several processes on few cores, and golden losses need one order
-# of summation.
+# Before torch is imported anywhere: tests start several processes on few cores, and golden losses
+# need one order of summation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def require_programs_now(*names: str) -> None:
-    """Skip the running test if one of the programs is missing; fail it where CI=true, which must have them all."""
+    """Skip the running test if a program is missing; fail it where CI=true, which must have all."""
     missing = [name for name in names if shutil.which(name) is None]
     if not missing:
         return

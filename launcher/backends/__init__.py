@@ -1,4 +1,4 @@
-"""One file per place to run. Each has HELP, a pure `plan(job) -> Plan` and a thin `submit(plan) -> int`."""
+"""One file per place to run: HELP, a pure `plan(job) -> Plan`, a thin `submit(plan) -> int`."""
 
 import importlib
 import pkgutil
@@ -14,7 +14,7 @@ class Backend(Protocol):
 
     HELP: one line.
     plan: reads the job, and the machine it runs on where that matters; writes and starts nothing.
-    submit: does what the plan says; 0 only if the run (or its submission, where it is queued) succeeded.
+    submit: does what the plan says; 0 only if the run succeeded (or, if queued, its submission).
     """
 
     HELP: str

@@ -14,13 +14,15 @@ from launcher.plan import Plan
 
 HELP = "run on this machine, on its GPUs or on CPU ranks"
 
-_CPU_RANKS = 2  # enough to exercise every collective; more ranks than that on one CPU only share its cores
+_CPU_RANKS = (
+    2  # enough to exercise every collective; more ranks than that on one CPU only share its cores
+)
 _DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a plan depends on besides the job: cores, accelerators, and the variables already set."""
+    """What a plan depends on besides the job: cores, accelerators, variables already set."""
 
     cores: int
     accelerators: int
@@ -30,7 +32,11 @@ class Host:
     @classmethod
     def here(cls) -> "Host":
         """This machine, looked at without importing torch."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         devices = [path for pattern in _DEVICE_FILES for path in Path("/dev").glob(pattern)]
         return cls(cores, len(devices), frozenset(os.environ), os.environ.get("PYTHONPATH", ""))
 
@@ -42,7 +48,9 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
         JobError: the job wants more than one node.
     """
     if job.nodes != 1:
-        raise JobError(f"nodes={job.nodes} but the local backend is one machine; set nodes=1 or use another backend")
+        raise JobError(
+            f"nodes={job.nodes}, but local is one machine; set nodes=1 or use another backend"
+        )
     host = host or Host.here()
     ranks = job.ranks_per_node or host.accelerators or min(_CPU_RANKS, host.cores)
     env = {"PYTHONPATH": _python_path(host)}
@@ -51,7 +59,13 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
     if not host.accelerators and "DS_ACCELERATOR" not in host.env:
         env["DS_ACCELERATOR"] = "cpu"
     env.update(job.env)
-    deepspeed = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(job.port or _port(job))]
+    deepspeed = [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(job.port or _port(job)),
+    ]
     deepspeed += ["--no_local_rank", "--log_level", "error", "--module", job.module]
     return Plan(
         backend="local",
@@ -67,8 +81,8 @@ def submit(plan: Plan) -> int:
     """Run ``plan`` to its end and tell the truth about it.
 
     Returns:
-        0 only if rank 0 wrote the run's end marker since the start and every process ended with 0; else the
-        exit code of `deepspeed`, or 128 + the signal that stopped the run, or 1.
+        0 only if rank 0 wrote the run's end marker since the start and every process ended with 0;
+        else the exit code of `deepspeed`, or 128 + the signal that stopped the run, or 1.
     Raises:
         JobError: the port is taken, or `deepspeed` is not installed.
     """
@@ -82,7 +96,9 @@ def submit(plan: Plan) -> int:
         try:
             outcome = supervise.run(command, dict(plan.env), Path(plan.log))
         except FileNotFoundError:
-            raise JobError(f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`") from None
+            raise JobError(
+                f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`"
+            ) from None
         if outcome.code or outcome.stopped_by:
             break
     after = read_marker(plan.output)
@@ -95,7 +111,7 @@ def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
     if finished:
         said, code = f"wrote its end marker, but a process exited with {outcome.code}", outcome.code
     elif outcome.stopped_by is not None:
-        said = f"was stopped by {outcome.stopped_by.name} before its end; the same command continues it"
+        said = f"was stopped by {outcome.stopped_by.name}; the same command continues it"
         code = outcome.code or 128 + outcome.stopped_by
     else:
         said = f"ended with exit code {outcome.code} and without the end marker in {plan.output}"
@@ -106,7 +122,7 @@ def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
 
 
 def _port(job: JobSpec) -> int:
-    # Two runs on one machine must not meet; the same run keeps its port, so the plan stays the same.
+    # Two runs on one machine must not meet; the same run keeps its port, so its plan is stable.
     digest = hashlib.sha256(f"{job.name}\n{job.output}".encode()).digest()
     return 20_000 + int.from_bytes(digest[:4], "big") % 10_000
 
@@ -120,7 +136,9 @@ def _check_port(command: tuple[str, ...]) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise JobError(f"port={port} is in use on this machine; is this run already going? Else pass --port") from None
+            raise JobError(
+                f"port={port} is in use here; is this run already going? Else pass --port"
+            ) from None
 
 
 def _log(job: JobSpec) -> str:

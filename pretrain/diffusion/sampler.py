@@ -38,7 +38,7 @@ def sample(path: Path, denoise: Denoise, eps: Tensor, steps: int, method: Method
             z, memory = _dpmpp_2m(path, z, x0, t_B, next_B, memory)
         else:
             z = _ddim(path, z, x0, t_B, next_B)
-    return z
+    return z / path.config.gamma  # at t = 0 the path stands at gamma x_0
 
 
 def _ddim(path: Path, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tracking: each event of a run is first a line in its local journal, and sent to MLflow from it."""
+"""Tracking: an event of a run is first a line in its local journal, and sent to MLflow from it."""
 
 import os
 from dataclasses import dataclass

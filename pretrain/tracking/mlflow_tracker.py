@@ -107,7 +107,7 @@ class Sender:
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
         # MLflow's parameters cannot change: a resumed run's first values stay.
-        fresh = {_name(key): value for key, value in events[0].payload.items()}
+        fresh = {mlflow_env.key(key): value for key, value in events[0].payload.items()}
         fresh = {key: value for key, value in fresh.items() if key not in self._params}
         params = [Param(key, value[:MAX_PARAM_VAL_LENGTH]) for key, value in fresh.items()]
         for start in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
@@ -119,7 +119,7 @@ class Sender:
         from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
         metrics = [
-            Metric(_name(key), value, int(event.time * 1000), event.payload["samples"])
+            Metric(mlflow_env.key(key), value, int(event.time * 1000), event.payload["samples"])
             for event in events
             for key, value in event.payload["values"].items()
         ]
@@ -259,7 +259,7 @@ def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> 
 
     def warn(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        text = mlflow_env.public(f"{type(error).__name__}: {error}")
+        text = mlflow_env.public(f"{type(error).__name__}: {error}")[:300]
         cause = re.sub(r"0x[0-9a-f]+|\d+", "#", text)
         if cause not in warned:
             warned.add(cause)
@@ -267,7 +267,7 @@ def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> 
             _log.warning("MLflow at %s: %s; events wait in %s", where, text, folder)
 
     retry = tenacity.Retrying(
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT_SECONDS),
+        wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=_LONGEST_WAIT_SECONDS),
         stop=give_up,
         before_sleep=warn,
     )
@@ -296,17 +296,14 @@ def main() -> int:
     logging.basicConfig(format="%(levelname)s tracking: %(message)s", level=logging.WARNING)
     logging.raiseExceptions = False  # the terminal may be gone before us
     os.nice(10)  # the training comes first
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # the retries here are ours,
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # and so is their warning
 
     def orphaned() -> bool:
         return os.getppid() != args.parent
 
     uri = os.environ["MLFLOW_TRACKING_URI"]
     return 1 if replay(args.output, uri, orphaned, args.patience) else 0
-
-
-def _name(key: str) -> str:
-    """``key`` in the characters that MLflow takes: recall@5 becomes recall_at_5."""
-    return re.sub(r"[^/\w.\- ]", "_", key.replace("@", "_at_"))[:250]
 
 
 def read_run(folder: Path) -> dict[str, str]:

@@ -38,7 +38,9 @@ def imported() -> dict[str, str]:
 def test_every_import_is_pinned() -> None:
     pinned = pins("requirements.txt")
     for name, path in imported().items():
-        assert DISTRIBUTION.get(name, name) in pinned, f"{path} imports {name}: pin it in requirements.txt"
+        assert DISTRIBUTION.get(name, name) in pinned, (
+            f"{path} imports {name}: pin it in requirements.txt"
+        )
 
 
 def test_no_torchvision() -> None:

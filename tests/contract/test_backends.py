@@ -1,0 +1,114 @@
+"""What every file of launcher/backends/ keeps, the ones not yet written included."""
+
+import inspect
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import backends
+from launcher.job import JobError, JobSpec
+from launcher.plan import Plan
+
+EVERY = pytest.mark.parametrize("name", backends.names())
+HOSTILE = [
+    "it's",
+    'say "x"',
+    "$(touch hacked)",
+    "`touch hacked`",
+    "a; touch hacked",
+    "a\ntouch hacked",
+    "-rf",
+    "a b",
+    "*",
+]
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted-one",
+    "HF_TOKEN": "planted two's",
+    "MY_PASSWORD": "planted$three",
+}
+
+
+def job(**fields: Any) -> JobSpec:
+    return JobSpec(
+        **{"name": "contract", "config": "configs/debug.yaml", "output": "runs/contract", **fields}
+    )
+
+
+@EVERY
+def test_it_has_the_parts_of_a_backend(name: str) -> None:
+    backend = backends.load(name)
+    assert backend.HELP and "\n" not in backend.HELP
+    assert callable(backend.plan) and callable(backend.submit)
+
+
+@EVERY
+def test_planning_is_pure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same, no file written, no process started, nobody called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("plan has an effect")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    backend = backends.load(name)
+    first, second = backend.plan(job()), backend.plan(job())
+    assert isinstance(first, Plan)
+    assert first == second and first.render() == second.render()
+    assert list(tmp_path.iterdir()) == []
+
+
+@EVERY
+def test_a_plan_says_what_it_is(name: str) -> None:
+    plan = backends.load(name).plan(job())
+    assert (plan.backend, plan.name, plan.output) == (name, "contract", "runs/contract")
+    assert plan.commands and all(
+        isinstance(part, str) for command in plan.commands for part in command
+    )
+    assert "configs/debug.yaml" in plan.render()
+
+
+@EVERY
+def test_no_secret_is_shown_or_stands_on_a_command_line(name: str) -> None:
+    plan = backends.load(name).plan(job(env={**SECRETS, "NOTE": f"uses {SECRETS['HF_TOKEN']}"}))
+    words = [word for command in plan.commands for word in command]
+    for secret in SECRETS.values():
+        assert secret not in plan.render() and shlex.quote(secret) not in plan.render()
+        assert not any(secret in word for word in words)
+
+
+@EVERY
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("field", ["name", "config", "output", "overrides"])
+def test_hostile_text_is_quoted_or_refused(name: str, field: str, hostile: str) -> None:
+    """Each command line, read back by a shell's rules, is the argument list that will run."""
+    value: Any = (f"note={hostile}",) if field == "overrides" else hostile
+    try:
+        plan = backends.load(name).plan(job(**{field: value}))
+    except JobError as refused:
+        assert str(refused).startswith(field)
+        return
+    assert "\n" not in hostile
+    lines = plan.render().splitlines()
+    for command in plan.commands:
+        assert list(command) in [shlex.split(line) for line in lines if not line.startswith("#")]
+    for file in plan.files:
+        # Where a file of a plan is a shell script, the hostile text may stand there only quoted.
+        assert hostile not in file.text or shlex.quote(hostile) in file.text
+
+
+def test_an_unknown_backend_lists_those_there_are() -> None:
+    with pytest.raises(JobError, match=rf"there are: .*{backends.names()[0]}"):
+        backends.load("mainframe")
+
+
+def test_local_takes_a_host_that_defaults_to_this_one() -> None:
+    """The contract's `plan(job)` is complete without further arguments in every backend."""
+    for name in backends.names():
+        extra = list(inspect.signature(backends.load(name).plan).parameters.values())[1:]
+        assert all(parameter.default is not parameter.empty for parameter in extra), name

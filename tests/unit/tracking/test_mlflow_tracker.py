@@ -1,0 +1,254 @@
+"""What is journaled reaches MLflow once, in order, and never holds up the training."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import mlflow_env, tracking
+from pretrain.errors import ConfigError
+from pretrain.tracking import NullTracker, TrackingConfig
+from pretrain.tracking.journal import Journal, JournalReader
+from pretrain.tracking.mlflow_tracker import MlflowTracker, Sender
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: the connection is refused
+
+
+def start(uri: str | None, output: Path, **config: Any) -> Any:
+    settings = TrackingConfig(uri=uri, **config)
+    tracker = tracking.build(settings, str(output), rank=0)
+    tracker.start(settings.run_info(str(output), {"preset": "debug"}))
+    return tracker
+
+
+def run_of(uri: str, output: Path) -> Any:
+    return client(uri).get_run(tracking.recorded_run(str(output)).run_id)
+
+
+def client(uri: str) -> Any:
+    return mlflow_env.load().MlflowClient(uri)
+
+
+def history(uri: str, output: Path, name: str) -> list[tuple[int, float]]:
+    run_id = tracking.recorded_run(str(output)).run_id
+    return [(m.step, m.value) for m in client(uri).get_metric_history(run_id, name)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def journaled(output: Path, uri: str, metrics: int = 5) -> Journal:
+    """A journal of a run that was never sent."""
+    journal = Journal(str(output), uri)
+    journal.start(TrackingConfig().run_info(str(output)))
+    for i in range(metrics):
+        journal.metrics({"loss": i / 2}, samples=i * 8)
+    return journal
+
+
+def drain(sender: Sender) -> None:
+    while sender.step():
+        pass
+
+
+def test_all_is_sent_in_order_once_and_a_resumed_run_is_the_same_run(
+    uri: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    before = time.time()
+    tracker = start(uri, output, run_name="first")
+    tracker.params({"optimizer": {"lr": 1e-3}, "long": "x" * 9000})
+    for i in range(450):  # more than two batches
+        tracker.metrics({"loss": 1 / (i + 1), "recall@5": float(i)}, samples=i * 8)
+    (output / "grid.png").write_bytes(b"png")
+    tracker.artifact(str(output / "grid.png"), "grids")
+    tracker.finish("preempted")
+    assert tracker.unsent == 0
+
+    run = run_of(uri, output)
+    assert run.info.run_name == "first" and run.info.status == "KILLED"
+    assert run.data.params == {"optimizer.lr": "0.001", "long": "x" * 6000}
+    assert run.data.tags["preset"] == "debug" and run.data.tags["pretrain.status"] == "preempted"
+    assert history(uri, output, "loss") == [(i * 8, 1 / (i + 1)) for i in range(450)]
+    assert history(uri, output, "recall_at_5") == [(i * 8, i) for i in range(450)]
+    times = [m.timestamp for m in client(uri).get_metric_history(run.info.run_id, "loss")]
+    events = [e for e in JournalReader(tracker.path).read() if e.kind == "metrics"]
+    assert times == [int(event.time * 1000) for event in events]  # its own, not the sender's
+    assert before * 1000 - 1 <= times[0] and times == sorted(times)
+    assert [a.path for a in client(uri).list_artifacts(run.info.run_id, "grids")] == [
+        "grids/grid.png"
+    ]
+    assert (tmp_path / "mlartifacts").is_dir()  # beside the database, not in the working directory
+
+    again = start(uri, output, run_name="another")
+    again.params({"optimizer": {"lr": 2e-3}, "new": 1})
+    again.metrics({"loss": 0.0}, samples=4000)
+    again.finish("finished")
+    assert again.unsent == 0
+    resumed = run_of(uri, output)
+    assert resumed.info.run_id == run.info.run_id and resumed.info.status == "FINISHED"
+    assert resumed.data.params == {**run.data.params, "new": "1"}  # the first value stays
+    assert history(uri, output, "loss") == [
+        *[(i * 8, 1 / (i + 1)) for i in range(450)],
+        (4000, 0.0),
+    ]
+    assert len(client(uri).search_runs([resumed.info.experiment_id])) == 1
+
+
+def test_a_dead_server_never_blocks_and_sync_delivers_later(
+    uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    tracker = start(NOWHERE, output, drain_seconds=1)
+    seconds, printed = [], ""
+    for i in range(1000):
+        began = time.perf_counter()
+        tracker.metrics({f"loss/{k}": float(i) for k in range(10)}, samples=i)
+        seconds.append(time.perf_counter() - began)
+    # The 99th of 100 and not the worst: other processes may hold both cores for some milliseconds.
+    assert sorted(seconds)[990] < 0.005 and max(seconds) < 0.5
+
+    def warned() -> bool:
+        nonlocal printed
+        printed += capfd.readouterr().err
+        return "WARNING tracking: MLflow at http://127.0.0.1:9" in printed
+
+    wait_for(warned, 30)
+    time.sleep(1)  # long enough for more tries
+    began = time.perf_counter()
+    tracker.finish("failed")
+    assert time.perf_counter() - began < 3
+    assert (printed + capfd.readouterr().err).count("WARNING tracking") == 1  # one cause, one line
+    assert tracker.unsent == 1002 and "1002 of 1002 events have not reached MLflow" in caplog.text
+    with pytest.raises(ConfigError, match=r"no MLflow run yet; first run `python -m pretrain sync"):
+        tracking.recorded_run(str(output))
+
+    assert tracking.sync(str(output), NOWHERE, patience=0) == 1002
+    assert tracking.sync(str(output), uri) == 0
+    assert history(uri, output, "loss/3") == [(i, float(i)) for i in range(1000)]
+    assert run_of(uri, output).info.status == "FAILED"
+    assert tracking.sync(str(output), uri) == 0  # nothing is sent twice
+    assert len(history(uri, output, "loss/3")) == 1000
+
+
+def test_a_trainer_that_is_killed_has_its_last_events_sent(uri: str, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from pretrain import tracking\n"
+        f"config, output = tracking.TrackingConfig(uri={uri!r}), {str(tmp_path / 'run')!r}\n"
+        "tracker = tracking.build(config, output, 0)\n"
+        "tracker.start(config.run_info(output))\n"
+        "for i in range(20): tracker.metrics({'loss': i}, samples=i)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+    sent = tmp_path / "run" / "journal" / "sent.json"
+    wait_for(lambda: sent.exists() and sent.read_text() == '{"sequence": 21}', 30)
+    assert history(uri, tmp_path / "run", "loss") == [(i, float(i)) for i in range(20)]
+
+
+def test_a_lost_acknowledgement_stores_nothing_twice(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journaled(tmp_path, uri).params({"a": 1})
+    with monkeypatch.context() as patch:
+        # All is sent, and the sender dies before it can note any of it, even the run's id.
+        patch.setattr(Sender, "_write", lambda *_: None)
+        drain(Sender(str(tmp_path), uri))
+    drain(Sender(str(tmp_path), uri))
+    assert history(uri, tmp_path, "loss") == [(i * 8, i / 2) for i in range(5)]
+    run = run_of(uri, tmp_path)
+    assert run.data.params == {"a": "1"}
+    assert len(client(uri).search_runs([run.info.experiment_id])) == 1
+
+
+def test_a_failing_call_is_taken_up_where_it_failed(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journaled(tmp_path, uri)
+    journal.params({"a": 1})
+    journal.metrics({"loss": 9.0}, samples=99)
+    sender = Sender(str(tmp_path), uri)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "_send_params", lambda *_: (_ for _ in ()).throw(ConnectionError()))
+        for _ in range(3):
+            with pytest.raises(ConnectionError):
+                sender.step()
+    assert sender.sent == 6 and history(uri, tmp_path, "loss") == [(i * 8, i / 2) for i in range(5)]
+    drain(sender)
+    assert sender.sent == 8 and history(uri, tmp_path, "loss")[-1] == (99, 9.0)
+
+
+def test_what_mlflow_refuses_is_dropped_and_named_and_the_rest_is_sent(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = journaled(tmp_path, uri)
+    journal.metrics({"a//b": 1.0}, samples=1)  # MLflow wants a path that is its own normal form
+    journal.artifact("/no/such/file")
+    journal.metrics({"loss": 7.0}, samples=77)
+    sender = Sender(str(tmp_path), uri)
+    drain(sender)
+    assert sender.sent == journal.sequence
+    assert [level for _, level, _ in caplog.record_tuples] == [30, 30]
+    assert "refused event 7 (metrics)" in caplog.text and "/no/such/file is gone" in caplog.text
+    assert history(uri, tmp_path, "loss")[-1] == (77, 7.0)
+
+
+def test_only_rank_0_tracks(tmp_path: Path) -> None:
+    tracker = tracking.build(TrackingConfig(), str(tmp_path), rank=1)
+    assert isinstance(tracker, NullTracker)
+    tracker.start(TrackingConfig().run_info(str(tmp_path)))
+    tracker.metrics({"loss": 1.0}, samples=1)
+    tracker.finish("finished")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kind_none_journals_and_can_be_sent_later(uri: str, tmp_path: Path) -> None:
+    tracker = start(None, tmp_path / "run", kind="none")
+    tracker.metrics({"loss": 1.0}, samples=1)
+    tracker.finish("finished")
+    assert tracking.sync(str(tmp_path / "run"), uri) == 0
+    assert history(uri, tmp_path / "run", "loss") == [(1, 1.0)]
+    with pytest.raises(ConfigError, match="holds no journal"):
+        tracking.sync(str(tmp_path / "nothing"), uri)
+
+
+def test_the_uri_is_the_configs_then_the_environments_then_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uri_of(config: TrackingConfig) -> str:
+        tracker = tracking.build(config, str(tmp_path), rank=0)
+        assert isinstance(tracker, MlflowTracker)
+        return tracker.uri
+
+    assert uri_of(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert uri_of(TrackingConfig()) == "http://server"
+    assert uri_of(TrackingConfig(uri="http://other")) == "http://other"
+
+
+def test_no_password_is_written_down(tmp_path: Path) -> None:
+    secret = "https://user:hunt@er2@host:5000/mlflow"
+    assert mlflow_env.public(secret) == "https://host:5000/mlflow"
+    assert mlflow_env.public("sqlite:////a/b@c/mlflow.db") == "sqlite:////a/b@c/mlflow.db"
+    tracker = MlflowTracker(str(tmp_path), secret, 0)
+    Journal.start(tracker, TrackingConfig().run_info(str(tmp_path)))
+    text = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"host:5000" in text and b"er2" not in text
+
+
+def test_importing_tracking_is_light() -> None:
+    code = (
+        "import sys, pretrain.tracking\n"
+        "print([name for name in ('mlflow', 'torch', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
