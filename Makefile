@@ -9,7 +9,8 @@ PY := $(VENV)/bin/python
 # A change in the requirements, or of the checkout's place (console scripts hold its path), installs again.
 HASH := $(shell { pwd; cat requirements.txt requirements-dev.txt; } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(HASH)
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# Twice quiet: errors only, no notes about the machine.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check format clean
@@ -48,7 +49,7 @@ $(STAMP):
 	  echo "error: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 	  exit 1; }
 	@pwd > $(VENV)/.checkout
-	@echo "Installing into $(VENV): about 4 minutes and 3 GB (more where pip brings CUDA). Later calls are fast."
+	@echo "Installing into $(VENV): about 5 minutes and 3 GB (more where pip brings CUDA). Later calls are fast."
 	@echo "  1/3 torch"
 	@$(PIP) --constraint requirements.txt torch
 	@echo "  2/3 DeepSpeed, MLflow, diffusers, transformers and the rest of requirements.txt"

@@ -161,7 +161,7 @@ def _signal_group(group: int, number: int) -> bool:
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     env.update(extra)
-    # `deepspeed` stands beside python; that folder is on PATH only in an activated environment.
+    # ninja stands beside python; that folder is on PATH only in an activated environment.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env
 
@@ -170,7 +170,7 @@ def _mirror(copy: BinaryIO) -> None:
     text = copy.read()
     if text:
         with suppress(BrokenPipeError, ValueError):  # nobody reads us any more: the log goes on
-            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.buffer.write(text)  # bytes: a read may end inside a character
             sys.stdout.flush()
 
 

@@ -97,6 +97,8 @@ def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
 def init_distributed() -> None:
     """Join the process group that the launcher's environment describes; one rank of its own without one."""
     ops.prepare()
+    # torch's own new names; DeepSpeed calls the old ones at every gather.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     import os
 
     import deepspeed
@@ -126,6 +128,11 @@ class Engine:
     def __init__(self, task: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, global_batch: int) -> None:
         import deepspeed
 
+        # DeepSpeed warns that it sees no tensor in our dataclasses, and sets no hook on the modules that pass them.
+        # None of those owns a parameter: each parameter lies in a leaf module from tensor to tensor (a test says so).
+        import deepspeed.runtime.zero.utils as zero_utils
+
+        zero_utils.warned = True
         self.config = config
         self.accumulation = accumulation(config, global_batch, comm.world_size())
         self.bad_steps = 0

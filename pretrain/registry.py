@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 SUMS_TAG = "pretrain.sha256sums"
 REQUIRED = ("config.json", "model.safetensors", "tokenizer.model")
-# What pretrain.inference imports; never what only training needs (deepspeed, webdataset).
+# What the served model imports (a test compares); never deepspeed.
 REQUIREMENTS = (
-    *("torch", "diffusers", "sentencepiece", "safetensors", "numpy", "pillow"),
-    *("pydantic", "pyyaml", "fsspec", "mlflow"),
+    *("torch", "diffusers", "sentencepiece", "safetensors", "numpy", "pillow", "pandas"),
+    *("pydantic", "pyyaml", "fsspec", "webdataset", "mlflow"),
 )
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".cloudpickle"}
 _PICKLE_WINDOW_BYTES = 1 << 20

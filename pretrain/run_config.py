@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain import plugins
 from pretrain.checkpoint import CheckpointConfig
@@ -58,6 +58,12 @@ class RunConfig(Config):
     evaluators: dict[str, dict[str, Any]] = Field(default_factory=dict)
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("objectives", "evaluators", mode="before")
+    @classmethod
+    def _without_null(cls, tree: Any) -> Any:
+        """``name: null`` leaves a plug-in of the base config out."""
+        return {k: v for k, v in tree.items() if v is not None} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _agree(self) -> "RunConfig":

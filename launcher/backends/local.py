@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from launcher import supervise
@@ -94,7 +95,7 @@ def submit(plan: Plan) -> int:
     for command in plan.commands:
         _check_port(command)
         try:
-            outcome = supervise.run(command, dict(plan.env), Path(plan.log))
+            outcome = supervise.run(_program(command), dict(plan.env), Path(plan.log))
         except FileNotFoundError:
             raise JobError(
                 f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`"
@@ -119,6 +120,19 @@ def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
     print(f"run {plan.name!r} {said}. The end of {plan.log}:", file=sys.stderr)
     print(supervise.tail(Path(plan.log)), file=sys.stderr)
     return code
+
+
+def _program(command: tuple[str, ...]) -> tuple[str, ...]:
+    """``command`` with `deepspeed` as a module of this Python.
+
+    pip's script of that name holds the environment's path in its first line, which the system
+    cannot read where the path has a space, is long, or has been moved.
+    """
+    if command[0] != "deepspeed":
+        return command
+    if find_spec("deepspeed") is None:
+        raise JobError(f"program='deepspeed' is not installed for {sys.executable}; run `make env`")
+    return (sys.executable, "-m", "deepspeed.launcher.runner", *command[1:])
 
 
 def _port(job: JobSpec) -> int:

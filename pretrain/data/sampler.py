@@ -34,6 +34,9 @@ class EpochOrder:
         self._epoch = lru_cache(maxsize=2)(self._layout)
         self._window = lru_cache(maxsize=4)(self._permutation)
 
+    def __reduce__(self) -> tuple[type["EpochOrder"], tuple[tuple[int, ...], int, int]]:
+        return EpochOrder, (self.sizes, self.seed, self.window)  # caches stay behind
+
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, index in shard) of global sample number ``number`` >= 0."""
         epoch, position = divmod(number, self.num_samples)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from safetensors.torch import save_file
 from pretrain import mlflow_env, registry, tracking
 from pretrain.__main__ import main
 from pretrain.config import build
+from pretrain.data.tokenizer import Tokenizer, train
 from pretrain.errors import RegistryError
 from pretrain.inference import InferenceConfig, Predictor, new_model
 from pretrain.model.diffdis import ModelConfig
 from pretrain.registry import Registered
 from pretrain.tracking import TrackingConfig
 
+COLOURS = ("red", "green", "blue")
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
     "image_size": 16,
@@ -39,10 +42,9 @@ INFERENCE = {"steps": 2, "align_steps": 2, "align_noises": 2}
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as `pretrain export` writes it, of random weights."""
-    from pretrain.data.tokenizer import Tokenizer
-
     folder = tmp_path_factory.mktemp("exported")
-    make_tokenizer(folder / "tokenizer.model")
+    texts = [f"{colour} {thing}" for colour in COLOURS for thing in ("apple", "car", "dog")]
+    train(texts, folder / "tokenizer.model", vocab_size=19)
     tokenizer = Tokenizer(str(folder / "tokenizer.model"))
     torch.manual_seed(0)
     model = new_model(build(ModelConfig, MODEL), tokenizer)
@@ -91,10 +93,7 @@ def registered(exported: Path, run: Path, uri: str) -> Registered:
 @pytest.fixture
 def tampered(uri: str, registered: Registered) -> Iterator[Path]:
     """The version's folder in the artifact store; what a test changes in it is put back."""
-    client = mlflow_env.load().MlflowClient(uri)
-    version = client.get_model_version(registered.name, registered.version)
-    logged = client.get_logged_model(version.model_id)
-    store = Path(logged.artifact_location.removeprefix("file://"))
+    store = stored(uri, registered)
     saved = store.with_name("saved")
     shutil.copytree(store, saved)
     yield store
@@ -102,20 +101,37 @@ def tampered(uri: str, registered: Registered) -> Iterator[Path]:
     saved.rename(store)
 
 
-def make_tokenizer(path: Path) -> None:
-    raise NotImplementedError
+def stored(uri: str, version: Registered) -> Path:
+    """Where the artifact store, a local folder here, keeps a version."""
+    client = mlflow_env.load().MlflowClient(uri)
+    source = client.get_model_version(version.name, version.version).source
+    logged = client.get_logged_model(source.removeprefix("models:/"))
+    return Path(logged.artifact_location.removeprefix("file://"))
 
 
 # Runs in the checkout, as a user would, with a deepspeed that cannot be imported.
 FRESH = """
-import json, sys
+import ast, json, sys
+from pathlib import Path
 import mlflow, pandas
 model = mlflow.pyfunc.load_model("models:/diffdis-emoji@champion")
 rows = pandas.DataFrame(json.load(sys.stdin))
 answers = model.predict(rows, params={"steps": 2, "seed": 3, "noises": 2})
 import pretrain
-training = [name for name in ("deepspeed", "webdataset", "pretrain.engine") if name in sys.modules]
-print(json.dumps({"answers": answers.to_dict("records"), "code": pretrain.__file__, "training": training}))
+ours = [m.__file__ for name, m in sys.modules.items() if name.partition(".")[0] == "pretrain"]
+imported = set()
+for file in [*ours, Path(pretrain.__file__).parents[2] / "pyfunc_model.py"]:
+    for node in ast.parse(Path(file).read_text()).body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+print(json.dumps({
+    "answers": answers.to_dict("records"),
+    "code": pretrain.__file__,
+    "training": [name for name in ("deepspeed", "pretrain.engine") if name in sys.modules],
+    "imported": sorted(imported - sys.stdlib_module_names - {"pretrain"}),
+}))
 """
 
 
@@ -130,7 +146,7 @@ def test_a_fresh_process_without_deepspeed_runs_every_task(
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     encoded, labels = base64.b64encode(buffer.getvalue()).decode(), ["red apple", "dog", "blue car"]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"task": "generate", "text": "red apple"},
         {"task": "classify", "image": encoded, "labels": labels},
         {"task": "embed_text", "text": "a dog"},
@@ -151,9 +167,13 @@ def test_a_fresh_process_without_deepspeed_runs_every_task(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["training"] == []
-    assert (
-        "/artifacts/code/pretrain/__init__.py" in result["code"]
-    )  # the logged copy, not the checkout
+    # The logged copy, not the checkout.
+    assert result["code"] == f"{stored(uri, registered)}/code/pretrain/__init__.py"
+    distributions = packages_distributions()
+    assert {"torch", "diffusers", "pandas"} <= set(result["imported"])
+    for module in result["imported"]:
+        providers = {name.lower() for name in distributions[module]}
+        assert providers & set(registry.REQUIREMENTS), f"{module} is not in the requirements"
 
     ours: Any = Predictor.load(exported)
     answers = result["answers"]
@@ -182,14 +202,13 @@ def test_a_version_says_what_it_is(
     assert str(version.version) == registered.version and version.run_id == run_id
     assert version.tags["preset"] == "debug" and version.tags["metric.zero_shot/top_at_1"] == "0.25"
     assert "metric.note" not in version.tags
-    assert [m.model_id for m in client.get_run(run_id).outputs.model_outputs] == [version.model_id]
+    outputs = client.get_run(run_id).outputs.model_outputs
+    assert [f"models:/{output.model_id}" for output in outputs] == [version.source]
     assert (
         client.get_run(run_id).info.status == "FINISHED"
     )  # registering changes nothing in the run
 
-    folder = Path(
-        client.get_logged_model(version.model_id).artifact_location.removeprefix("file://")
-    )
+    folder = stored(uri, registered)
     assert registry.find_pickles(folder) == []
     assert not list(folder.rglob("__pycache__"))
     requirements = (folder / "requirements.txt").read_text()

@@ -107,6 +107,25 @@ def test_every_parameter_of_the_run_gets_a_gradient():
     assert not without
 
 
+def test_every_parameter_lies_in_a_module_that_returns_a_tensor():
+    """ZeRO-3 gathers a module's own parameters for the backward pass by a hook on the tensors it returns."""
+    task, owners = tiny.task(BOTH), set()
+
+    def hook(name):
+        def check(module, args, output):
+            owners.add(name)
+            assert isinstance(output, torch.Tensor), name
+
+        return check
+
+    expected = {n for n, m in task.named_modules() if list(m.parameters(recurse=False))}
+    for name in expected:
+        task.get_submodule(name).register_forward_hook(hook(name))
+    task(tiny.batch(2))
+    assert owners == expected, "a module's parameters are used without calling it"
+    assert all(p.ndim > 0 for p in task.parameters()), "DeepSpeed cannot broadcast 0-dimensional parameters"
+
+
 def test_weights_and_metrics():
     a, b = tiny.task({"generate": {"weight": 2.0}, "align": {"weight": 0.5}}), tiny.batch(4)
     out = a(b)
