@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or not there: written aside, hashed, renamed, and committed by a marker last.
+"""Checkpoints that are whole or not there: written aside, hashed, renamed, and committed by a
+marker last.
 
-    checkpoints/samples-000012800/
-        engine/...      each rank's part, as DeepSpeed writes it
-        run.json        progress, tokenizer, world size, resolved config
-        manifest.json   size and SHA-256 of every file above
-        COMMITTED       written last; a folder without it is never read
+checkpoints/samples-000012800/
+    engine/...      each rank's part, as DeepSpeed writes it
+    run.json        progress, tokenizer, world size, resolved config
+    manifest.json   size and SHA-256 of every file above
+    COMMITTED       written last; a folder without it is never read
 """
 
 import json
@@ -26,7 +27,8 @@ MARKER = "COMMITTED"
 
 class CheckpointConfig(Config):
     """Attributes:
-    every_samples: samples between checkpoints; one more is written when training ends or is stopped.
+    every_samples: samples between checkpoints; one more is written when training ends or is
+        stopped.
     keep: newest checkpoints that are kept.
     """
 
@@ -90,7 +92,8 @@ class Checkpointer:
         return list_committed(self.folder)
 
     def restore(self, engine: Engine) -> Checkpoint | None:
-        """Load the newest committed checkpoint, after its hashes were verified; None if there is none. Collective.
+        """Load the newest committed checkpoint, after its hashes were verified; None if there is
+        none. Collective.
 
         Raises:
             CheckpointError: it is damaged, or was written by another number of ranks.
@@ -102,13 +105,16 @@ class Checkpointer:
         problem = comm.broadcast_object(damage(newest.folder) if comm.is_main() else None)
         if problem:
             raise CheckpointError(
-                f"checkpoint={str(newest.folder)!r} is damaged: {problem}; delete that folder to resume "
+                f"checkpoint={str(newest.folder)!r} is damaged: {problem}; delete that folder to "
+                "resume "
                 "from the one before"
             )
         if newest.run["world_size"] != comm.world_size():
             raise CheckpointError(
-                f"checkpoint={str(newest.folder)!r} was written by {newest.run['world_size']} ranks and this run "
-                f"has {comm.world_size()}; start it with {newest.run['world_size']} ranks, or with a new output"
+                f"checkpoint={str(newest.folder)!r} was written by {newest.run['world_size']} "
+                "ranks and this run "
+                f"has {comm.world_size()}; start it with {newest.run['world_size']} ranks, or "
+                "with a new output"
             )
         engine.load(str(newest.folder), TAG)
         return newest
@@ -150,7 +156,11 @@ def damage(folder: Path) -> str | None:
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": storage.sha256(str(p))} for p in files
+        p.relative_to(folder).as_posix(): {
+            "bytes": p.stat().st_size,
+            "sha256": storage.sha256(str(p)),
+        }
+        for p in files
     }
 
 

@@ -51,7 +51,8 @@ def device() -> torch.device:
 
 
 class _GatherWithGrad(torch.autograd.Function):
-    """All-gather along dim 0 whose backward sums, over ranks, the gradients of each rank's own rows."""
+    """All-gather along dim 0 whose backward sums, over ranks, the gradients of each rank's own
+    rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -72,8 +73,8 @@ def all_gather_with_grad(x_BE: Tensor) -> Tensor:
     """Rows of every rank, in rank order, shape (R·B, E); every rank must hold the same B.
 
     The gradient of row i reaches the rank that owns it, summed over ranks. With a loss that is each
-    rank's mean over its own rows, an engine that averages gradients over ranks then applies exactly the
-    gradient of the global mean (the trap of open_clip#616 is a further factor of R).
+    rank's mean over its own rows, an engine that averages gradients over ranks then applies exactly
+    the gradient of the global mean (the trap of open_clip#616 is a further factor of R).
     """
     return _GatherWithGrad.apply(x_BE) if _on() and world_size() > 1 else x_BE
 
@@ -108,7 +109,8 @@ def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank, in rank order, on every rank. For small results; pickled between ranks."""
+    """``value`` of every rank, in rank order, on every rank. For small results; pickled between
+    ranks."""
     if not (_on() and world_size() > 1):
         return [value]
     gathered: list[Any] = [None] * world_size()

@@ -4,6 +4,7 @@ Each node is declared beside the code that it configures; `run_config.py` compos
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file. A top-level ``base: other.yaml`` (beside it) is read first and merged under.
+    """The mapping in a YAML file. A top-level ``base: other.yaml`` (beside it) is read first and
+    merged under.
 
     Raises:
         ConfigError: no such file, not a mapping, bad YAML, or a circle of bases.
@@ -46,11 +48,15 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config={str(path)!r} cannot be read ({error.strerror}); give the path of a YAML file")
+        raise ConfigError(
+            f"config={str(path)!r} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config={str(path)!r} is not valid YAML: {error}")
+        raise ConfigError(f"config={str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config={str(path)!r} must hold a mapping of fields, it holds {type(tree).__name__}")
+        raise ConfigError(
+            f"config={str(path)!r} must hold a mapping of fields, it holds {type(tree).__name__}"
+        )
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -58,7 +64,8 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``a.b.c=value`` as a nested mapping; the value is YAML, so ``true``, ``1e-4`` and ``[1, 2]`` are typed.
+    """``a.b.c=value`` as a nested mapping; the value is YAML, so ``true``, ``1e-4`` and ``[1, 2]``
+    are typed.
 
     Raises:
         ConfigError: there is no ``=``, or the value is not YAML.
@@ -70,12 +77,10 @@ def parse_override(text: str) -> dict[str, Any]:
         tree: Any = yaml.safe_load(value)
         if isinstance(tree, str):
             # YAML 1.1 reads 1e-4 (no dot) as a string; a user means the number.
-            try:
+            with suppress(ValueError):
                 tree = float(tree)
-            except ValueError:
-                pass
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}")
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}") from None
     for key in reversed(name.strip().split(".")):
         tree = {key: tree}
     return dict(tree)
@@ -85,7 +90,8 @@ def build(cls: type[C], tree: Mapping[str, Any], where: str = "") -> C:
     """Validate ``tree`` as ``cls``.
 
     Raises:
-        ConfigError: every problem, one a line, each with its dotted field (below ``where``) and value.
+        ConfigError: every problem, one a line, each with its dotted field (below ``where``) and
+            value.
     """
     try:
         return cls.model_validate(dict(tree))

@@ -1,4 +1,5 @@
-"""One optimizer step under DeepSpeed ZeRO-3. The only file of the training path that imports deepspeed."""
+"""One optimizer step under DeepSpeed ZeRO-3. The only file of the training path that imports
+deepspeed."""
 
 import math
 import warnings
@@ -20,10 +21,13 @@ class EngineConfig(Config):
     """How a step is computed and its state is spread.
 
     Attributes:
-        precision: type of weights and activations; the optimizer's master weights are fp32 in any case.
-        zero_stage: 3 partitions parameters, gradients and optimizer state; 0 replicates all (for comparison).
+        precision: type of weights and activations; the optimizer's master weights are fp32 in any
+            case.
+        zero_stage: 3 partitions parameters, gradients and optimizer state; 0 replicates all (for
+            comparison).
         micro_batch: samples of one rank in one forward pass.
-        persist_parameters: parameters of at most this many elements are kept whole on every rank, not gathered.
+        persist_parameters: parameters of at most this many elements are kept whole on every rank,
+            not gathered.
         bucket_elements: most elements in one reduction or prefetch.
         clip_norm: global gradient norm above which gradients are scaled down.
         bad_steps_limit: non-finite losses in a row after which the run stops.
@@ -58,7 +62,8 @@ class OptimizerConfig(Config):
     final: float = Field(0.02, ge=0, le=1)
 
     def rate(self, samples: int, total_samples: int) -> float:
-        """The learning rate of the step that starts after ``samples`` samples: a function of nothing else."""
+        """The learning rate of the step that starts after ``samples`` samples: a function of
+        nothing else."""
         if samples < self.warmup_samples:
             return self.lr * (samples + 1) / (self.warmup_samples + 1)
         if self.schedule == "constant":
@@ -69,7 +74,8 @@ class OptimizerConfig(Config):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices are decayed; norms, biases and scalars are not."""
+    """Trainable parameters in two groups: matrices are decayed; norms, biases and scalars are
+    not."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -86,7 +92,11 @@ def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
     per_pass = config.micro_batch * world
     if global_batch % per_pass:
         fits = [m for m in range(1, global_batch // world + 1) if global_batch % (m * world) == 0]
-        remedy = f"try {', '.join(map(str, fits[-3:]))}" if fits else f"use a global_batch that {world} divides"
+        remedy = (
+            f"try {', '.join(map(str, fits[-3:]))}"
+            if fits
+            else f"use a global_batch that {world} divides"
+        )
         raise ConfigError(
             f"engine.micro_batch={config.micro_batch} on {world} ranks does not divide "
             f"training.global_batch={global_batch}; {remedy}"
@@ -95,10 +105,13 @@ def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
 
 
 def init_distributed() -> None:
-    """Join the process group that the launcher's environment describes; one rank of its own without one."""
+    """Join the process group that the launcher's environment describes; one rank of its own without
+    one."""
     ops.prepare()
     # torch's own new names; DeepSpeed calls the old ones at every gather.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning
+    )
     import os
 
     import deepspeed
@@ -117,7 +130,8 @@ def init_distributed() -> None:
 
 
 class Engine:
-    """A task under ZeRO. Every method but `config` is collective: all ranks call it, in the same order.
+    """A task under ZeRO. Every method but `config` is collective: all ranks call it, in the same
+    order.
 
     Args:
         task: ``task(batch) -> StepOutput``; its parameters are partitioned in place.
@@ -125,11 +139,14 @@ class Engine:
         global_batch: samples of one optimizer step over all ranks.
     """
 
-    def __init__(self, task: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, global_batch: int) -> None:
+    def __init__(
+        self, task: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, global_batch: int
+    ) -> None:
         import deepspeed
 
-        # DeepSpeed warns that it sees no tensor in our dataclasses, and sets no hook on the modules that pass them.
-        # None of those owns a parameter: each parameter lies in a leaf module from tensor to tensor (a test says so).
+        # DeepSpeed warns that it sees no tensor in our dataclasses, and sets no hook on the modules
+        # that pass them. None of those owns a parameter: each parameter lies in a leaf module from
+        # tensor to tensor (a test says so).
         import deepspeed.runtime.zero.utils as zero_utils
 
         zero_utils.warned = True
@@ -154,8 +171,8 @@ class Engine:
         """One optimizer step on this rank's part of a global batch.
 
         Returns:
-            The loss and metrics, means over this rank's micro-batches; None when a rank's loss was not
-            finite, and all ranks left the weights untouched.
+            The loss and metrics, means over this rank's micro-batches; None when a rank's loss was
+            not finite, and all ranks left the weights untouched.
 
         Raises:
             NonFiniteError: that happened ``bad_steps_limit`` times in a row.
@@ -167,7 +184,8 @@ class Engine:
         for micro in batch.to(comm.device()).split(self.accumulation):
             output: StepOutput = self._engine(micro)
             if not comm.agree_all(bool(torch.isfinite(output.loss).item())):
-                return self._refuse(batch)
+                self._refuse(batch)
+                return None
             self._engine.backward(output.loss)
             self._engine.step()
             outputs.append(output)
@@ -182,7 +200,8 @@ class Engine:
         return float(norm) if norm is not None else math.nan
 
     def gather(self) -> dict[str, Tensor]:
-        """Every parameter whole, fp32 masters, on the CPU of every rank, one parameter at a time."""
+        """Every parameter whole, fp32 masters, on the CPU of every rank, one parameter at a
+        time."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
@@ -193,7 +212,8 @@ class Engine:
         return state
 
     def save(self, folder: str, tag: str) -> None:
-        """Write each rank's part of weights, master weights and optimizer state under ``folder/tag``."""
+        """Write each rank's part of weights, master weights and optimizer state under
+        ``folder/tag``."""
         self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
 
     def load(self, folder: str, tag: str) -> None:
@@ -203,7 +223,8 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[dict[str, Tensor]]:
-        """The gathered weights, for a plain copy of the task on each rank: no collective runs inside.
+        """The gathered weights, for a plain copy of the task on each rank: no collective runs
+        inside.
 
         Ranks may then do unequal work without a hang; the price is one copy of the weights a rank.
         """
@@ -219,7 +240,8 @@ class Engine:
         if self.bad_steps >= self.config.bad_steps_limit:
             first, last = int(batch.positions_B.min()), int(batch.positions_B.max())
             raise NonFiniteError(
-                f"the loss was not finite in {self.bad_steps} steps in a row (this rank's last samples: "
+                f"the loss was not finite in {self.bad_steps} steps in a row (this rank's last "
+                "samples: "
                 f"{first}–{last}); lower optimizer.lr, or raise engine.bad_steps_limit"
             )
 

@@ -1,7 +1,7 @@
 """From a committed checkpoint to files that anyone can load: safetensors, JSON and the tokenizer.
 
-The export proves itself before it is given its name: it is loaded again without DeepSpeed, and its tensors
-and outputs are compared with the checkpoint's.
+The export proves itself before it is given its name: it is loaded again without DeepSpeed, and its
+tensors and outputs are compared with the checkpoint's.
 """
 
 import json
@@ -31,7 +31,9 @@ def newest(output: str | Path) -> Checkpoint:
     """
     found = list_committed(Path(output) / "checkpoints")
     if not found:
-        raise CheckpointError(f"output={str(output)!r} holds no committed checkpoint; train it first")
+        raise CheckpointError(
+            f"output={str(output)!r} holds no committed checkpoint; train it first"
+        )
     problem = damage(found[-1].folder)
     if problem:
         raise CheckpointError(f"checkpoint={str(found[-1].folder)!r} is damaged: {problem}")
@@ -39,14 +41,19 @@ def newest(output: str | Path) -> Checkpoint:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every parameter of the task, whole, fp32, from all ranks' parts; in one process, without a process group."""
+    """Every parameter of the task, whole, fp32, from all ranks' parts; in one process, without a
+    process group."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=TAG)
+    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+        str(checkpoint.folder), tag=TAG
+    )
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def load_task(output: str | Path, tokenizer_path: str | None = None) -> tuple[PretrainTask, RunConfig, Tokenizer, int]:
+def load_task(
+    output: str | Path, tokenizer_path: str | None = None
+) -> tuple[PretrainTask, RunConfig, Tokenizer, int]:
     """Task, configuration, tokenizer and progress of a run's newest committed checkpoint.
 
     Raises:
@@ -63,7 +70,8 @@ def load_task(output: str | Path, tokenizer_path: str | None = None) -> tuple[Pr
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
     if wrong:
         raise CheckpointError(
-            f"checkpoint={str(checkpoint.folder)!r} lacks {len(wrong)} of {len(expected)} tensors, or has them in "
+            f"checkpoint={str(checkpoint.folder)!r} lacks {len(wrong)} of {len(expected)} "
+            "tensors, or has them in "
             f"another shape ({', '.join(wrong[:3])})"
         )
     task.load_state_dict({n: state[n] for n in expected}, strict=False)
@@ -73,7 +81,8 @@ def load_task(output: str | Path, tokenizer_path: str | None = None) -> tuple[Pr
 def export(output: str | Path, folder: str | Path) -> Path:
     """Write the newest committed checkpoint of ``output`` as a model folder.
 
-    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and ``card.json``.
+    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and
+    ``card.json``.
 
     Raises:
         CheckpointError: nothing to export.
@@ -88,7 +97,9 @@ def export(output: str | Path, folder: str | Path) -> Path:
     temporary.mkdir(parents=True)
     state = {name: p.detach().contiguous() for name, p in task.model.named_parameters()}
     save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-    storage.write_bytes(str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer))
+    storage.write_bytes(
+        str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)
+    )
     _write_json(temporary / "config.json", _definition(task, config, tokenizer))
     _write_json(temporary / "card.json", _card(output, config, samples))
     _prove(temporary, task, tokenizer)
@@ -98,7 +109,9 @@ def export(output: str | Path, folder: str | Path) -> Path:
 
 
 def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    scales = [m.logit_scale() for m in task.objectives.values() if hasattr(m, "logit_scale")]
+    scales: list[Tensor] = [
+        module() for name, module in task.named_modules() if name.endswith(".logit_scale")
+    ]
     return {
         "name": config.name,
         "model": config.model.model_dump(mode="json"),
@@ -117,24 +130,36 @@ def _card(output: Path, config: RunConfig, samples: int) -> dict[str, Any]:
         "samples": samples,
         "data": {"train": config.data.train},
         "metrics": json.loads(lines[-1]) if lines else {},
-        "limits": "Trained on small drawings with short English captions; it knows nothing of photographs or people.",
+        "limits": "It knows what its training shards show, and nothing else; see `data`.",
     }
 
 
 @torch.no_grad()
 def _prove(folder: Path, task: PretrainTask, tokenizer: Tokenizer) -> None:
     predictor = Predictor.load(folder)
-    written, expected = dict(predictor.model.named_parameters()), dict(task.model.named_parameters())
+    written, expected = (
+        dict(predictor.model.named_parameters()),
+        dict(task.model.named_parameters()),
+    )
     empty = [name for name, p in written.items() if p.numel() == 0]
     changed = [name for name, p in expected.items() if not torch.equal(p, written[name])]
     if empty or changed or len(written) != len(expected):
-        raise ExportError(f"{folder}: {len(empty)} tensors are empty and {len(changed)} differ from the checkpoint")
+        raise ExportError(
+            f"{folder}: {len(empty)} tensors are empty and {len(changed)} differ from the "
+            "checkpoint"
+        )
     model = task.model.eval()
     tokens, mask = tokenizer.encode(["a proof of export"], model.config.text_encoder.length)
-    z = torch.linspace(-1, 1, 3 * model.config.image_size**2).view(1, 3, model.config.image_size, -1)
-    for ours, theirs in zip(_outputs(model, z, tokens, mask), _outputs(predictor.model, z, tokens, mask), strict=True):
+    z = torch.linspace(-1, 1, 3 * model.config.image_size**2).view(
+        1, 3, model.config.image_size, -1
+    )
+    for ours, theirs in zip(
+        _outputs(model, z, tokens, mask), _outputs(predictor.model, z, tokens, mask), strict=True
+    ):
         if not torch.equal(ours, theirs) or not torch.isfinite(theirs).all():
-            raise ExportError(f"{folder}: the exported model's outputs differ from the checkpoint's")
+            raise ExportError(
+                f"{folder}: the exported model's outputs differ from the checkpoint's"
+            )
 
 
 def _outputs(model: Any, images: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What a trained model does: generate images from text, and embed and classify images.
 
-One code path for evaluation in training, the CLI and the registry's model. Nothing here needs DeepSpeed.
+One code path for evaluation in training, the CLI and the registry's model. Nothing here needs
+DeepSpeed.
 """
 
 import json
@@ -29,8 +30,10 @@ class InferenceConfig(Config):
     """Defaults of both heads at inference.
 
     Attributes:
-        sampler, steps, guidance: of image generation; x_0 = (1 + w) x_0(c) - w x_0(null) with w = guidance.
-        align_steps, align_noises, align_guidance: of the alignment chain; ê_0 is averaged over noises.
+        sampler, steps, guidance: of image generation; x_0 = (1 + w) x_0(c) - w x_0(null) with w =
+            guidance.
+        align_steps, align_noises, align_guidance: of the alignment chain; ê_0 is averaged over
+            noises.
     """
 
     sampler: Method = "ddim"
@@ -69,8 +72,9 @@ class Heads:
     ) -> Tensor:
         """ê_0 of images in [-1, 1], unit rows, (B, E): one chain for each image and noise (Alg. 3).
 
-        The cost is ``steps × noises`` encoder passes an image (twice that with guidance), whatever the
-        number of classes. The draws are the same for every image, so a result does not depend on the batch.
+        The cost is ``steps × noises`` encoder passes an image (twice that with guidance), whatever
+        the number of classes. The draws are the same for every image, so a result does not depend
+        on the batch.
         """
         steps, noises = steps or self.config.align_steps, noises or self.config.align_noises
         w = self.config.align_guidance if guidance is None else guidance
@@ -99,7 +103,8 @@ class Heads:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Images in [-1, 1] for texts (Alg. 2, with classifier-free guidance); one seed for each image."""
+        """Images in [-1, 1] for texts (Alg. 2, with classifier-free guidance); one seed for each
+        image."""
         steps = steps or self.config.steps
         w = self.config.guidance if guidance is None else guidance
         model, device = self.model, tokens_BL.device
@@ -110,18 +115,24 @@ class Heads:
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
             if w == 0:
                 return model.denoise_image(z_t, t, c)
-            both = model.denoise_image(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([c, null_c]))
+            both = model.denoise_image(
+                torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([c, null_c])
+            )
             with_c, without = both.chunk(2)
             return with_c + w * (with_c - without)
 
-        z = sample(model.image_path, denoise, torch.stack(rows).to(device), steps, self.config.sampler)
+        z = sample(
+            model.image_path, denoise, torch.stack(rows).to(device), steps, self.config.sampler
+        )
         return model.autoencoder.decode(z).clamp(-1, 1)
 
 
 class Predictor:
     """A trained model from an exported folder, with images and text in and out."""
 
-    def __init__(self, model: DiffDis, tokenizer: Any, config: InferenceConfig, scale: float = 100.0) -> None:
+    def __init__(
+        self, model: DiffDis, tokenizer: Any, config: InferenceConfig, scale: float = 100.0
+    ) -> None:
         self.heads = Heads(model.eval(), config)
         self.model = model
         self.tokenizer = tokenizer
@@ -144,7 +155,9 @@ class Predictor:
         try:
             tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ExportError(f"folder={str(folder)!r} is not an exported model ({error}); run `export` first")
+            raise ExportError(
+                f"folder={str(folder)!r} is not an exported model ({error}); run `export` first"
+            ) from None
         tokenizer = Tokenizer(str(folder / "tokenizer.model"))
         tokenizer.check(tree["tokenizer_sha256"])
         model = new_model(build(ModelConfig, tree["model"], "model"), tokenizer)
@@ -152,10 +165,17 @@ class Predictor:
         missing, unexpected = model.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ExportError(
-                f"{folder}/model.safetensors does not fit config.json: {len(missing)} tensors missing "
-                f"({', '.join(missing[:3])}…), {len(unexpected)} unexpected ({', '.join(unexpected[:3])}…)"
+                f"{folder}/model.safetensors does not fit config.json: {len(missing)} tensors "
+                "missing "
+                f"({', '.join(missing[:3])}…), {len(unexpected)} unexpected "
+                f"({', '.join(unexpected[:3])}…)"
             )
-        return cls(model, tokenizer, build(InferenceConfig, tree["inference"], "inference"), tree["logit_scale"])
+        return cls(
+            model,
+            tokenizer,
+            build(InferenceConfig, tree["inference"], "inference"),
+            tree["logit_scale"],
+        )
 
     def generate(
         self,
@@ -167,18 +187,25 @@ class Predictor:
         batch_size: int = 32,
         seeds: Sequence[int] | None = None,
     ) -> list[Image.Image]:
-        """One RGB image for each prompt. Image i is drawn from seed + i (or ``seeds[i]``), whatever the batch size."""
+        """One RGB image for each prompt. Image i is drawn from seed + i (or ``seeds[i]``), whatever
+        the batch size."""
         seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
         images: list[Image.Image] = []
         for part in _chunks(range(len(prompts)), batch_size):
             tokens, mask = self._tokens([prompts[i] for i in part])
-            made = self.heads.generate_tokens(tokens, mask, [seeds[i] for i in part], steps, guidance)
+            made = self.heads.generate_tokens(
+                tokens, mask, [seeds[i] for i in part], steps, guidance
+            )
             images += [to_pil(image) for image in made]
         return images
 
     def embed_text(self, texts: Sequence[str], batch_size: int = 256) -> Array:
         """Text queries, fp32 unit rows, (N, E)."""
-        return self._rows(len(texts), batch_size, lambda part: self.heads.embed_tokens(*self._tokens([texts[i] for i in part])))
+        return self._rows(
+            len(texts),
+            batch_size,
+            lambda part: self.heads.embed_tokens(*self._tokens([texts[i] for i in part])),
+        )
 
     def embed_image(
         self,
@@ -210,7 +237,8 @@ class Predictor:
         guidance: float | None = None,
         seed: int = 0,
     ) -> Array:
-        """Zero-shot class probabilities (N, len(labels)): softmax of scaled cosines to the class prompts."""
+        """Zero-shot class probabilities (N, len(labels)): softmax of scaled cosines to the class
+        prompts."""
         prompts = [template.format(label) for label in labels for template in templates]
         e_KE = self.embed_text(prompts).reshape(len(labels), len(templates), -1).mean(1)
         e_KE /= np.linalg.norm(e_KE, axis=1, keepdims=True)
@@ -246,7 +274,8 @@ def to_pil(image_CHW: Tensor) -> Image.Image:
 
 
 def from_pil(image: Image.Image, size: int) -> Tensor:
-    """An image of any mode and size as (3, size, size) in [-1, 1], exactly as the training data is made."""
+    """An image of any mode and size as (3, size, size) in [-1, 1], exactly as the training data is
+    made."""
     from pretrain.data.samples import prepare
 
     return prepare(image, size)

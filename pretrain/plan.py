@@ -1,4 +1,5 @@
-"""What a run will hold and do, from its configuration alone: no weight is allocated, no process started."""
+"""What a run will hold and do, from its configuration alone: no weight is allocated, no process
+started."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,19 +63,24 @@ def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
         "alignment head": model.trunk.head,
         "objectives": task.objectives,
     }
-    return Parameters({name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()})
+    return Parameters(
+        {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    )
 
 
 def state_bytes_per_rank(parameters: int, ranks: int, precision: str, zero_stage: int) -> int:
     """Bytes of parameters, gradients and AdamW state that one rank keeps (activations not counted).
 
-    ZeRO (Rajbhandari et al. 2020, section 5): weights and gradients in the precision, fp32 masters where it is
-    not fp32, two fp32 moments; stage 1 divides the optimizer's part, 2 the gradients too, 3 the weights too.
+    ZeRO (Rajbhandari et al. 2020, section 5): weights and gradients in the precision, fp32 masters
+    where it is not fp32, two fp32 moments; stage 1 divides the optimizer's part, 2 the gradients
+    too, 3 the weights too.
     """
     width = 4 if precision == "fp32" else 2
     masters = 8 if precision == "fp32" else 12
     divide = [(zero_stage >= 3, width), (zero_stage >= 2, width), (zero_stage >= 1, masters)]
-    return sum(-(-parameters * size // ranks) if split else parameters * size for split, size in divide)
+    return sum(
+        -(-parameters * size // ranks) if split else parameters * size for split, size in divide
+    )
 
 
 def render(config: RunConfig, ranks: int | None) -> str:
@@ -100,13 +106,15 @@ def render(config: RunConfig, ranks: int | None) -> str:
                 raise
             steps = "does not divide"
         lines.append(f"  {n:>5}  {_size(size):>12}   {steps}")
+    losses = [f"{n} × {s.weight:g}" for n, s in check_objectives(config.objectives).items()]
     steps_total = -(-t.samples // t.global_batch)
     lines += [
         "",
-        f"batch    global_batch {t.global_batch} = micro_batch {e.micro_batch} × ranks × micro-steps",
+        f"batch    global_batch {t.global_batch} = micro_batch {e.micro_batch} × ranks × "
+        "micro-steps",
         f"length   {t.samples:,} samples = {steps_total:,} steps of {t.global_batch}",
         f"rate     {o.lr:g}, warm-up {o.warmup_samples:,} samples, then {o.schedule}",
-        f"losses   {', '.join(f'{n} × {s.weight:g}' for n, s in check_objectives(config.objectives).items())}",
+        f"losses   {', '.join(losses)}",
         f"scores   {', '.join(config.evaluators) or 'none'}",
         f"output   {config.output}",
     ]

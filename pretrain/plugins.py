@@ -9,7 +9,8 @@ from pretrain.errors import ConfigError
 
 
 def names(package: str) -> list[str]:
-    """Names of the plug-ins of ``package``: its modules, less `base` and those with a leading underscore."""
+    """Names of the plug-ins of ``package``: its modules, less `base` and those with a leading
+    underscore."""
     paths = importlib.import_module(package).__path__
     found = (m.name for m in pkgutil.iter_modules(paths))
     return sorted(n for n in found if n != "base" and not n.startswith("_"))

@@ -20,7 +20,8 @@ class Progress:
         global_batch: samples of the last step.
         steps: optimizer steps.
         skipped: steps refused for a loss that was not finite.
-        rejects: samples that the loader refused, by reason (of the ranks' own batches, summed at each log).
+        rejects: samples that the loader refused, by reason (of the ranks' own batches, summed at
+            each log).
         seconds: spent in training steps, evaluation and saving excluded.
         first, last: mean metrics of the first and the last log interval.
     """
@@ -101,7 +102,9 @@ class Display:
             return
         speed = metrics["images_per_second"]
         left = (self.total - samples) / speed if speed else 0.0
-        losses = "  ".join(f"{k.removesuffix('/loss')} {v:.3f}" for k, v in metrics.items() if k.endswith("/loss"))
+        losses = "  ".join(
+            f"{k.removesuffix('/loss')} {v:.3f}" for k, v in metrics.items() if k.endswith("/loss")
+        )
         text = f"{losses}  {speed:.1f} img/s  {int(left // 60)}:{int(left % 60):02d} left"
         if self._live:
             self._live.update(self._task, completed=samples, line=text)

@@ -1,7 +1,8 @@
 """Randomness as a pure function of (seed, sample number, stream): never of history.
 
-Sample k draws the same noise on 1 rank and on 1,024, before and after a resume (after EDM2's principle
-of seeding by position). The draws are made on the CPU, so they are the same for every device.
+Sample k draws the same noise on 1 rank and on 1,024, before and after a resume (after EDM2's
+principle of seeding by position). The draws are made on the CPU, so they are the same for every
+device.
 """
 
 import hashlib
@@ -34,10 +35,13 @@ class SampleRandom:
         self.seed = seed
         self.positions = [int(p) for p in positions_B]
 
-    def normal(self, purpose: str, shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+    def normal(
+        self, purpose: str, shape: Sequence[int], device: torch.device | None = None
+    ) -> Tensor:
         """Standard normal draws, fp32, shape (B, *shape)."""
         rows = [
-            torch.randn(tuple(shape), generator=generator(self.seed, p, purpose)) for p in self.positions
+            torch.randn(tuple(shape), generator=generator(self.seed, p, purpose))
+            for p in self.positions
         ]
         return self._stack(rows, shape, device)
 
@@ -46,6 +50,8 @@ class SampleRandom:
         rows = [torch.rand((), generator=generator(self.seed, p, purpose)) for p in self.positions]
         return self._stack(rows, (), device)
 
-    def _stack(self, rows: list[Tensor], shape: Sequence[int], device: torch.device | None) -> Tensor:
+    def _stack(
+        self, rows: list[Tensor], shape: Sequence[int], device: torch.device | None
+    ) -> Tensor:
         stacked = torch.stack(rows) if rows else torch.empty((0, *shape))
         return stacked.to(device) if device is not None else stacked

@@ -1,4 +1,5 @@
-"""The whole configuration of a run: one frozen tree, composed of the nodes that each part declares."""
+"""The whole configuration of a run: one frozen tree, composed of the nodes that each part
+declares."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,13 @@ EVALUATORS = "pretrain.evaluators"
 
 
 class TrainingConfig(Config):
-    """How long, and in what steps. Progress is counted in samples, so the batch size may change in mid-run.
+    """How long, and in what steps. Progress is counted in samples, so the batch size may change in
+    mid-run.
 
     Attributes:
         samples: samples to see in all.
-        global_batch: samples of one optimizer step over all ranks; also what contrast is drawn from.
+        global_batch: samples of one optimizer step over all ranks; also what contrast is drawn
+            from.
         log_every_samples: samples between log lines.
     """
 
@@ -69,11 +72,13 @@ class RunConfig(Config):
     def _agree(self) -> "RunConfig":
         if self.data.size != self.model.image_size:
             raise ValueError(
-                f"data.size={self.data.size} and model.image_size={self.model.image_size} differ; make them equal"
+                f"data.size={self.data.size} and model.image_size={self.model.image_size} differ; "
+                "make them equal"
             )
         if self.data.tokens != self.model.text_encoder.length:
             raise ValueError(
-                f"data.tokens={self.data.tokens} and model.text_encoder.length={self.model.text_encoder.length} "
+                f"data.tokens={self.data.tokens} and "
+                f"model.text_encoder.length={self.model.text_encoder.length} "
                 "differ; make them equal"
             )
         try:

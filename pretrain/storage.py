@@ -1,6 +1,7 @@
 """Bytes by URL: every path may be local or remote (file, s3, gs, https), through fsspec alone.
 
-File systems are opened where they are used, never at import: s3fs made before a fork hangs after it.
+File systems are opened where they are used, never at import: s3fs made before a fork hangs after
+it.
 """
 
 import hashlib
@@ -45,7 +46,8 @@ def exists(url: str) -> bool:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write ``data`` so that a reader sees all of it or none: locally by a rename, remotely by one PUT."""
+    """Write ``data`` so that a reader sees all of it or none: locally by a rename, remotely by one
+    PUT."""
     fs, path = url_to_fs(url)
     if is_remote(url):
         fs.pipe_file(path, data)

@@ -17,9 +17,15 @@ def read(output: str | Path) -> dict[str, Any]:
     """
     output = Path(output)
     if not (output / FINISHED).exists():
-        raise CheckpointError(f"output={str(output)!r} holds no finished run; train it first (it resumes by itself)")
+        raise CheckpointError(
+            f"output={str(output)!r} holds no finished run; train it first (it resumes by itself)"
+        )
     finished = json.loads((output / FINISHED).read_text(encoding="utf-8"))
-    text = (output / "evaluations.jsonl").read_text(encoding="utf-8") if (output / "evaluations.jsonl").exists() else ""
+    text = (
+        (output / "evaluations.jsonl").read_text(encoding="utf-8")
+        if (output / "evaluations.jsonl").exists()
+        else ""
+    )
     evaluations = [json.loads(line) for line in text.splitlines()]
     grids = sorted((output / "samples").glob("*.png"))
     return {
@@ -36,7 +42,8 @@ def render(tree: Mapping[str, Any], extra: Mapping[str, str]) -> str:
     lines = [
         f"trained        {progress['samples']:,} samples in {progress['seconds'] / 60:.1f} min, "
         f"{progress['samples'] / max(progress['seconds'], 1e-9):.1f} img/s "
-        f"({progress['skipped']} steps skipped, {sum(progress['rejects'].values())} samples refused)"
+        f"({progress['skipped']} steps skipped, {sum(progress['rejects'].values())} samples "
+        "refused)"
     ]
     for name in [n for n in progress["last"] if n.endswith("/loss")]:
         head = name.removesuffix("/loss")
@@ -48,7 +55,8 @@ def render(tree: Mapping[str, Any], extra: Mapping[str, str]) -> str:
     for name in sorted({n.rsplit("/", 1)[0] for n in last if n.startswith("zero_shot/")}):
         top1, top5, chance = (last[f"{name}/{k}"] for k in ("top1", "top5", "chance"))
         lines.append(
-            f"zero-shot      held-out {name.split('/')[1]}: top-1 {top1:.1%} ({top1 / chance:.1f}x chance), "
+            f"zero-shot      held-out {name.split('/')[1]}: top-1 {top1:.1%} "
+            f"({top1 / chance:.1f}x chance), "
             f"top-5 {top5:.1%}, chance {chance:.2%} ({round(1 / chance)} classes)"
         )
     recalls = {n: v for n, v in last.items() if n.startswith("retrieval/")}

@@ -26,7 +26,8 @@ class TaskConfig(Config):
 
     Attributes:
         caption_drop: share of samples whose generation condition is the null prompt (for guidance).
-        image_drop: share of samples whose alignment half sees no image, a zero latent (for guidance, Alg. 3).
+        image_drop: share of samples whose alignment half sees no image, a zero latent (for
+            guidance, Alg. 3).
     """
 
     caption_drop: float = Field(0.1, ge=0, le=1)
@@ -34,7 +35,8 @@ class TaskConfig(Config):
 
 
 def check_objectives(tree: Mapping[str, Any]) -> dict[str, ObjectiveConfig]:
-    """Settings of each objective in ``tree`` that has a weight, validated by the objective's own file.
+    """Settings of each objective in ``tree`` that has a weight, validated by the objective's own
+    file.
 
     Raises:
         ConfigError: an unknown objective or field, or none with a weight.
@@ -64,7 +66,11 @@ class PretrainTask(nn.Module):
     """
 
     def __init__(
-        self, model: DiffDis, objectives: Mapping[str, ObjectiveConfig], config: TaskConfig, seed: int
+        self,
+        model: DiffDis,
+        objectives: Mapping[str, ObjectiveConfig],
+        config: TaskConfig,
+        seed: int,
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,7 +93,11 @@ class PretrainTask(nn.Module):
 
     def noise(self, batch: Batch) -> Noised:
         """Encode the batch and noise both streams, at times of their own (DiffDis Alg. 1)."""
-        model, rng, device = self.model, SampleRandom(self.seed, batch.positions_B), batch.images_BCHW.device
+        model, rng, device = (
+            self.model,
+            SampleRandom(self.seed, batch.positions_B),
+            batch.images_BCHW.device,
+        )
         z = model.autoencoder.encode(batch.images_BCHW)
         text, null_c = model.encode_text(batch.tokens_BL, batch.mask_BL)
         null_c = null_c.expand_as(text.c_BLD)
@@ -96,7 +106,8 @@ class PretrainTask(nn.Module):
         t_e = model.text_path.schedule.training_times(rng.uniform("t_e", device))
         noise_z = rng.normal("noise_z", z.shape[1:], device)
         noise_e = rng.normal("noise_e", text.e_BE.shape[1:], device)
-        # The query is data to the text stream: what teaches the text encoder is the loss on its clean output.
+        # The query is data to the text stream: what teaches the text encoder is the loss on its
+        # clean output.
         e_t = model.text_path.noised(text.e_BE.detach(), noise_e, t_e)
         return Noised(
             z_BCHW=self._dropped(z, rng.uniform("image_drop", device), self.config.image_drop),

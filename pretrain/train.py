@@ -1,4 +1,5 @@
-"""A training run, from configuration to the last committed checkpoint. It names no model part and no loss."""
+"""A training run, from configuration to the last committed checkpoint. It names no model part and
+no loss."""
 
 import dataclasses
 import json
@@ -39,10 +40,12 @@ def train(config: RunConfig) -> int:
     """Run, or take up again, the training that ``config`` describes. Every rank calls it.
 
     Returns:
-        The process's exit code: 0 when training is complete, 75 when a signal stopped it after a save.
+        The process's exit code: 0 when training is complete, 75 when a signal stopped it after a
+        save.
 
     Raises:
-        PretrainError: bad configuration or data, a damaged checkpoint, a loss that stays non-finite.
+        PretrainError: bad configuration or data, a damaged checkpoint, a loss that stays
+            non-finite.
     """
     stop = Stop()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.local_world_size()))
@@ -53,7 +56,12 @@ def train(config: RunConfig) -> int:
     task = build_task(config, tokenizer)
     engine = Engine(task, config.engine, config.optimizer, config.training.global_batch)
     loader = Loader(
-        config.data, tokenizer, config.seed, config.training.global_batch, comm.rank(), comm.world_size()
+        config.data,
+        tokenizer,
+        config.seed,
+        config.training.global_batch,
+        comm.rank(),
+        comm.world_size(),
     )
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
     progress = _resume(checkpointer, engine, loader, tokenizer)
@@ -67,7 +75,11 @@ def train(config: RunConfig) -> int:
         tracker.artifact(str(path))
     display = Display(config.training.samples, progress.samples)
     run = _Run(config, engine, tokenizer, tracker, display, progress)
-    facts = {"tokenizer_sha256": tokenizer.sha256, "data": loader.fingerprint, "config": config.resolved()}
+    facts = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "data": loader.fingerprint,
+        "config": config.resolved(),
+    }
 
     def save() -> None:
         tree = {**facts, "progress": dataclasses.asdict(progress), "loader": loader.state_dict()}
@@ -79,7 +91,9 @@ def train(config: RunConfig) -> int:
         run.evaluate(lambda e: e.at_start and progress.samples == 0)
         for batch in loader if progress.samples < config.training.samples else ():
             began = time.monotonic()
-            step = engine.step(batch, config.optimizer.rate(progress.samples, config.training.samples))
+            step = engine.step(
+                batch, config.optimizer.rate(progress.samples, config.training.samples)
+            )
             progress.advance(config.training.global_batch, refused=step is None)
             run.count(step, batch.rejects, time.monotonic() - began)
             complete = progress.samples >= config.training.samples
@@ -141,7 +155,8 @@ class _Run:
         self._samples += self.progress.global_batch
 
     def log(self) -> None:
-        """Mean metrics since the last log, over ranks, to the tracker and the display. Collective."""
+        """Mean metrics since the last log, over ranks, to the tracker and the display.
+        Collective."""
         names = self._pending[0] if self._pending else {}
         means = {n: torch.stack([m[n].float() for m in self._pending]).mean().item() for n in names}
         metrics = comm.mean_over_ranks(means)
@@ -172,7 +187,9 @@ class _Run:
         with self.engine.evaluating() as state:
             task = build_task(self.config, self.tokenizer).to(comm.device()).eval()
             task.load_state_dict(state, strict=True)
-            metrics, files = evaluate(task, self.config, self.tokenizer, self.evaluators, names, self.progress.samples)
+            metrics, files = evaluate(
+                task, self.config, self.tokenizer, self.evaluators, names, self.progress.samples
+            )
         metrics["evaluation_seconds"] = time.monotonic() - began
         self.tracker.metrics(metrics, self.progress.samples)
         for path in files:
@@ -193,7 +210,8 @@ def evaluate(
     names: list[str],
     samples: int,
 ) -> tuple[dict[str, float], list[Path]]:
-    """Run the evaluators ``names`` on a plain task; every rank calls it, every rank gets the metrics."""
+    """Run the evaluators ``names`` on a plain task; every rank calls it, every rank gets the
+    metrics."""
     subject = Subject(
         task=task,
         heads=Heads(task.model, config.inference),
@@ -213,16 +231,21 @@ def evaluate(
     return metrics, files
 
 
-def _resume(checkpointer: Checkpointer, engine: Engine, loader: Loader, tokenizer: Tokenizer) -> Progress:
-    """Progress of the newest committed checkpoint, with engine and loader restored; else a fresh start."""
+def _resume(
+    checkpointer: Checkpointer, engine: Engine, loader: Loader, tokenizer: Tokenizer
+) -> Progress:
+    """Progress of the newest committed checkpoint, with engine and loader restored; else a fresh
+    start."""
     found = checkpointer.restore(engine)
     if found is None:
         return Progress()
     tokenizer.check(found.run["tokenizer_sha256"])
     if found.run["data"] != loader.fingerprint:
         raise DataError(
-            f"data.train has fingerprint {loader.fingerprint[:12]} and checkpoint {str(found.folder)!r} was trained "
-            f"on {found.run['data'][:12]}: sample numbers would mean other samples; restore the shards, or "
+            f"data.train has fingerprint {loader.fingerprint[:12]} and checkpoint "
+            f"{str(found.folder)!r} was trained "
+            f"on {found.run['data'][:12]}: sample numbers would mean other samples; restore the "
+            "shards, or "
             "start with a new output"
         )
     loader.load_state_dict(found.run["loader"])
@@ -230,5 +253,3 @@ def _resume(checkpointer: Checkpointer, engine: Engine, loader: Loader, tokenize
     if comm.is_main():
         print(f"[train] resuming {found.folder} at {progress.samples:,} samples", flush=True)
     return progress
-
-

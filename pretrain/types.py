@@ -6,7 +6,7 @@ D width of the text condition, E width of the global text query.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -129,8 +129,8 @@ class ModelOutput:
     """What the two streams predict.
 
     Attributes:
-        f_z_BCHW: the image stream's raw output F (what it stands for is the parametrisation's business);
-            None where no objective reads the generation half.
+        f_z_BCHW: the image stream's raw output F (what it stands for is the parametrisation's
+            business); None where no objective reads the generation half.
         e0_hat_BE: the text stream's estimate of the clean query e_0, not normalised; None where no
             objective reads the alignment half.
     """

@@ -8,10 +8,16 @@ HELP = "classify images against labels of your own with an exported model"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--model", required=True, help="exported model folder (see `export`, `pull`)")
+    parser.add_argument(
+        "--model", required=True, help="exported model folder (see `export`, `pull`)"
+    )
     parser.add_argument("--labels", required=True, help="class names, comma-separated")
-    parser.add_argument("--template", action="append", help="class prompt with {} for the name; may be repeated")
-    parser.add_argument("--noises", type=int, help="chains that are averaged (default: the model's)")
+    parser.add_argument(
+        "--template", action="append", help="class prompt with {} for the name; may be repeated"
+    )
+    parser.add_argument(
+        "--noises", type=int, help="chains that are averaged (default: the model's)"
+    )
     parser.add_argument("--steps", type=int, help="steps of a chain (default: the model's)")
     parser.add_argument("--top", type=int, default=3, help="labels to print for each image")
 
@@ -29,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             opened.append(Image.open(path))
         except OSError as error:
-            raise DataError(f"image={path!r} cannot be read ({error}); give PNG, JPEG or WebP files")
+            raise DataError(
+                f"image={path!r} cannot be read ({error}); give PNG, JPEG or WebP files"
+            ) from None
     rows = Predictor.load(args.model).classify(
         opened, labels, templates=args.template or ("{}",), noises=args.noises, steps=args.steps
     )

@@ -8,12 +8,22 @@ HELP = "build the embedded corpus, index shards, verify a manifest"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    emoji = verbs.add_parser("emoji", help="rebuild the embedded corpus from npm packages (needs npm and resvg-py)")
-    emoji.add_argument("--out", default="data/emoji", help="folder of the shards (default: %(default)s)")
+    emoji = verbs.add_parser(
+        "emoji", help="rebuild the embedded corpus from npm packages (needs npm and resvg-py)"
+    )
+    emoji.add_argument(
+        "--out", default="data/emoji", help="folder of the shards (default: %(default)s)"
+    )
     index = verbs.add_parser("index", help="write a manifest of existing shards")
     index.add_argument("shards", nargs="+", help="paths or URLs of .tar or .tar.gz files, in order")
-    index.add_argument("--out", required=True, help="manifest to write; shards below its folder are named relative to it")
-    verify = verbs.add_parser("verify", help="check hashes, counts and that every sample decodes; exit code 1 on damage")
+    index.add_argument(
+        "--out",
+        required=True,
+        help="manifest to write; shards below its folder are named relative to it",
+    )
+    verify = verbs.add_parser(
+        "verify", help="check hashes, counts and that every sample decodes; exit code 1 on damage"
+    )
     verify.add_argument("manifest")
 
 
@@ -31,7 +41,10 @@ def _emoji(args: argparse.Namespace) -> int:
     for split, paths in emoji.build(out).items():
         made = manifest.build([str(p) for p in paths], str(out))
         made.save(str(out / f"{split}.json"))
-        print(f"{split}: {made.num_samples} samples in {len(paths)} shards, {sum(s.bytes for s in made.shards):,} bytes")
+        print(
+            f"{split}: {made.num_samples} samples in {len(paths)} shards, "
+            f"{sum(s.bytes for s in made.shards):,} bytes"
+        )
     return 0
 
 
@@ -75,7 +88,11 @@ def _verify(args: argparse.Namespace) -> int:
         except DataError as error:
             problems.append(str(error))
             reasons["shard"] += 1
-    print("\n".join(problems) if problems else f"{args.manifest}: {manifest.num_samples} samples, all whole")
+    print(
+        "\n".join(problems)
+        if problems
+        else f"{args.manifest}: {manifest.num_samples} samples, all whole"
+    )
     if problems:
         print(", ".join(f"{n} × {reason}" for reason, n in reasons.most_common()))
     return 1 if problems else 0

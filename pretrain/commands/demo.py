@@ -2,16 +2,31 @@
 
 import argparse
 
-HELP = "train the quickstart, score it, register it, and use the registered model from a fresh process"
-PROMPTS = ("red apple", "green apple", "blue car", "sunflower", "tiger", "pizza", "penguin", "house")
+HELP = (
+    "train the quickstart, score it, register it, and use the registered model from a fresh process"
+)
+PROMPTS = (
+    "red apple",
+    "green apple",
+    "blue car",
+    "sunflower",
+    "tiger",
+    "pizza",
+    "penguin",
+    "house",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", default="configs/quickstart.yaml", help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides")
-    parser.add_argument("--alias", default="champion", help="alias of the registered version (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides"
+    )
+    parser.add_argument(
+        "--alias", default="champion", help="alias of the registered version (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,21 +49,47 @@ def run(args: argparse.Namespace) -> int:
     def step(title: str, *arguments: str, capture: bool = False) -> str:
         print(f"\n== {title}\n   $ python {' '.join(arguments)}", flush=True)
         done = subprocess.run(
-            [sys.executable, *arguments], stdout=subprocess.PIPE if capture else None, text=True, check=False
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
+            check=False,
         )
         if done.returncode:
             print(f"error: this step ended with code {done.returncode}", file=sys.stderr)
             raise SystemExit(done.returncode)
         return done.stdout or ""
 
-    train = ("-m", "launcher", "local", "--config", args.config, "--ranks", str(args.ranks), *overrides)
+    train = (
+        "-m",
+        "launcher",
+        "local",
+        "--config",
+        args.config,
+        "--ranks",
+        str(args.ranks),
+        *overrides,
+    )
     step("train on this machine, through the deepspeed launcher", *train)
     folder = f"{output}/model"
-    step("export the last checkpoint", "-m", "pretrain", "export", "--output", output, "--to", folder)
+    step(
+        "export the last checkpoint", "-m", "pretrain", "export", "--output", output, "--to", folder
+    )
     name = settings.name
     step(
         "register it in MLflow",
-        *("-m", "pretrain", "register", "--model", folder, "--name", name, "--alias", args.alias, "--output", output),
+        *(
+            "-m",
+            "pretrain",
+            "register",
+            "--model",
+            folder,
+            "--name",
+            name,
+            "--alias",
+            args.alias,
+            "--output",
+            output,
+        ),
     )
     tracked = recorded_run(output)
     model = f"models:/{name}@{args.alias}"
@@ -60,11 +101,25 @@ def run(args: argparse.Namespace) -> int:
         prompts = [part for p in PROMPTS for part in ("--prompt", p)]
         printed = step(
             "pull it in a fresh process, classify and generate",
-            *("-m", "pretrain", "score", model, "--uri", tracked.uri, "--manifest", manifest, "--grid", grid, *prompts),
+            *(
+                "-m",
+                "pretrain",
+                "score",
+                model,
+                "--uri",
+                tracked.uri,
+                "--manifest",
+                manifest,
+                "--grid",
+                grid,
+                *prompts,
+            ),
             capture=True,
         )
         score = json.loads(printed.strip().splitlines()[-1])
-        extra["from registry"] = f"top-1 {score['top1']:.1%}, top-5 {score['top5']:.1%}; grid {score['grid']}"
+        extra["from registry"] = (
+            f"top-1 {score['top1']:.1%}, top-5 {score['top5']:.1%}; grid {score['grid']}"
+        )
     print(f"\n== summary ({(time.monotonic() - began) / 60:.1f} min)")
     print(summary.render(summary.read(output), extra))
     print(f"\nlook: mlflow ui --backend-store-uri {tracked.uri}   ({os.path.abspath(output)})")

@@ -2,7 +2,7 @@
 
 import argparse
 
-HELP = "score a run's newest checkpoint with its evaluators (zero-shot, retrieval, samples, validation)"
+HELP = "score a run's newest checkpoint with its evaluators"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,19 @@ HELP = "generate images from prompts with an exported model"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("prompts", nargs="+", help="one image is drawn for each")
-    parser.add_argument("--model", required=True, help="exported model folder (see `export`, `pull`)")
-    parser.add_argument("--out", default="samples.png", help="the PNG to write: a grid of all images")
+    parser.add_argument(
+        "--model", required=True, help="exported model folder (see `export`, `pull`)"
+    )
+    parser.add_argument(
+        "--out", default="samples.png", help="the PNG to write: a grid of all images"
+    )
     parser.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 0 is none (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance, 0 is none (default: the model's)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first image; image i has seed + i"
+    )
     parser.add_argument("--columns", type=int, default=8, help="of the grid")
 
 

@@ -1,4 +1,5 @@
-"""`score`: a registered model on a labelled set, through mlflow.pyfunc alone, as any user of it would."""
+"""`score`: a registered model on a labelled set, through mlflow.pyfunc alone, as any user of it
+would."""
 
 import argparse
 
@@ -9,11 +10,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
     parser.add_argument("--uri", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI)")
-    parser.add_argument("--manifest", required=True, help="labelled set, such as data/emoji/heldout-renderings.json")
-    parser.add_argument("--prompt", action="append", default=[], help="also generate this; may be repeated")
+    parser.add_argument(
+        "--manifest", required=True, help="labelled set, such as data/emoji/heldout-renderings.json"
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="also generate this; may be repeated"
+    )
     parser.add_argument("--grid", default="grid.png", help="PNG to write when there are prompts")
-    parser.add_argument("--noises", type=int, default=0, help="chains that are averaged (0: the model's default)")
-    parser.add_argument("--steps", type=int, default=0, help="steps of a chain (0: the model's default)")
+    parser.add_argument(
+        "--noises", type=int, default=0, help="chains that are averaged (0: the model's default)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps of a chain (0: the model's default)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     pictures = read_pictures(args.manifest)
     classes = sorted({p.name for p in pictures})
     rows = [
-        {"task": "classify", "image": base64.b64encode(p.png).decode(), "labels": classes} for p in pictures
+        {"task": "classify", "image": base64.b64encode(p.png).decode(), "labels": classes}
+        for p in pictures
     ]
     params = {"noises": args.noises, "steps": args.steps}
     answers = model.predict(pd.DataFrame(rows), params=params)

@@ -8,8 +8,12 @@ HELP = "train a sentencepiece tokenizer on the captions of shards"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="unigram model over every caption of the shards; deterministic")
-    train.add_argument("--data", default="data/emoji/train.json", help="manifest (default: %(default)s)")
+    train = verbs.add_parser(
+        "train", help="unigram model over every caption of the shards; deterministic"
+    )
+    train.add_argument(
+        "--data", default="data/emoji/train.json", help="manifest (default: %(default)s)"
+    )
     train.add_argument("--vocab-size", type=int, default=1536, help="default: %(default)s")
     train.add_argument("--out", default="data/emoji/tokenizer.model", help="default: %(default)s")
 

@@ -2,17 +2,28 @@
 
 import argparse
 
-HELP = "train a model (under a launcher: deepspeed --num_gpus 2 --module pretrain train --config ...)"
+HELP = (
+    "train a model (under a launcher: deepspeed --num_gpus 2 --module pretrain train --config ...)"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("--config", required=True, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help="override one field"
+        "--config", required=True, help="YAML file, such as configs/quickstart.yaml"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="overrides",
+        help="override one field",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    parser.add_argument("--ranks", type=int, default=None, help="with --dry-run: number of ranks to plan for")
+    parser.add_argument(
+        "--ranks", type=int, default=None, help="with --dry-run: number of ranks to plan for"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,10 +9,12 @@ _SPELT_WITHOUT_VOWEL_SOUNDED_WITH = ("hour", "herb", "heir", "honest", "x-ray")
 
 # Names that take no article: masses, activities, adjectives, proper names.
 _BARE = frozenset(
-    """arts bacon badminton bowling bread butter camping construction cooking coral cream dna falafel fire
-    flatbread fog foggy food garlic hockey ice lacrosse liquid locked luggage mate meat money oden pong
-    popcorn rail rice root sake salt soap spaghetti sushi tea tennis thread unlocked voltage wood
-    yarn""".split()
+    (
+        "arts bacon badminton bowling bread butter camping construction cooking coral cream dna "
+        "falafel fire flatbread fog foggy food garlic hockey ice lacrosse liquid locked luggage mate meat "
+        "money oden pong popcorn rail rice root sake salt soap spaghetti sushi tea tennis thread unlocked "
+        "voltage wood yarn "
+    ).split()
 )
 _PROPER = ("mount fuji", "statue of liberty", "tokyo tower", "milky way")
 _HEAD_ENDS = re.compile(
@@ -32,7 +34,8 @@ def article(phrase: str) -> str:
 
 
 def with_article(name: str) -> str:
-    """``name`` with the indefinite article it takes; plurals, masses, times and proper names take none."""
+    """``name`` with the indefinite article it takes; plurals, masses, times and proper names take
+    none."""
     lower = name.lower()
     if lower.startswith(_PROPER) or "o'clock" in lower or lower.endswith("-thirty"):
         return name
@@ -44,7 +47,8 @@ def with_article(name: str) -> str:
 
 
 def variants(name: str, keywords: Sequence[str], style: str) -> list[str]:
-    """The distinct captions of a drawing: name; name and style; name and up to 5 keywords; a sentence."""
+    """The distinct captions of a drawing: name; name and style; name and up to 5 keywords; a
+    sentence."""
     other = [word for word in keywords if word != name][:5]
     captions = [name, f"{name}, {style} style"]
     if other:

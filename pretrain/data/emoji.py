@@ -1,7 +1,7 @@
 """The embedded corpus: free emoji drawings with their official names, as webdataset shards.
 
-The drawings come from three npm packages of SVG icons, the names from a fourth; all are pinned by version
-and SHA-256. The rebuild is byte-identical with the pinned resvg-py, pillow and zlib.
+The drawings come from three npm packages of SVG icons, the names from a fourth; all are pinned by
+version and SHA-256. The rebuild is byte-identical with the pinned resvg-py, pillow and zlib.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Vendor:
-    """A set of drawings: its prefix in keys, the style word of captions, attribution, and its package."""
+    """A set of drawings: its prefix in keys, the style word of captions, attribution, and its
+    package."""
 
     prefix: str
     style: str
@@ -58,7 +59,8 @@ class Vendor:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One vendor's drawing of one Unicode concept; ``split`` is train, heldout-renderings or heldout-concepts."""
+    """One vendor's drawing of one Unicode concept; ``split`` is train, heldout-renderings or
+    heldout-concepts."""
 
     vendor: Vendor
     hexcode: str
@@ -135,20 +137,29 @@ def fetch(package: Package, cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
         try:
-            subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True, timeout=300)
+            subprocess.run(
+                command, cwd=cache, check=True, capture_output=True, text=True, timeout=300
+            )
         except FileNotFoundError:
-            raise DataError("npm is not installed; install Node.js, or use the shards committed in data/emoji")
+            raise DataError(
+                "npm is not installed; install Node.js, or use the shards committed in data/emoji"
+            ) from None
         except subprocess.SubprocessError as error:
             detail = (getattr(error, "stderr", "") or str(error)).strip()
-            raise DataError(f"`{' '.join(command)}` failed: {detail}; check the network and run again")
+            raise DataError(
+                f"`{' '.join(command)}` failed: {detail}; check the network and run again"
+            ) from None
     found = storage.sha256(str(path))
     if found != package.sha256:
-        raise DataError(f"{path} has sha256 {found}, {package.sha256} is pinned; delete it and run again")
+        raise DataError(
+            f"{path} has sha256 {found}, {package.sha256} is pinned; delete it and run again"
+        )
     return path
 
 
 def drawings(cache: Path) -> list[Drawing]:
-    """Every drawing of the five groups, without skin tones, each with its split, in an order shuffled by hash."""
+    """Every drawing of the five groups, without skin tones, each with its split, in an order
+    shuffled by hash."""
     names = fetch(NAMES, cache)
     meta = _member(names, "meta/groups.json")
     concepts = {
@@ -182,14 +193,18 @@ def drawings(cache: Path) -> list[Drawing]:
 
 
 def base_concept(hexcode: str) -> str:
-    """``hexcode`` (lower case, no FE0F) without skin tone and gender, so that variants share a split."""
+    """``hexcode`` (lower case, no FE0F) without skin tone and gender, so that variants share a
+    split."""
     parts = hexcode.split("-")
-    parts = ["1f9d1" if p in ("1f468", "1f469") else p for p in parts if not "1f3fb" <= p <= "1f3ff"]
+    parts = [
+        "1f9d1" if p in ("1f468", "1f469") else p for p in parts if not "1f3fb" <= p <= "1f3ff"
+    ]
     return "-".join(p for p in parts if p not in ("2640", "2642")).removesuffix("-200d")
 
 
 def render(svg: str, size: int) -> bytes:
-    """A PNG of ``svg`` on white, ``size`` × ``size`` RGB pixels; the drawing is centred if it is not square."""
+    """A PNG of ``svg`` on white, ``size`` × ``size`` RGB pixels; the drawing is centred if it is
+    not square."""
     import resvg_py
 
     drawn = resvg_py.svg_to_bytes(
@@ -203,7 +218,8 @@ def render(svg: str, size: int) -> bytes:
 
 
 def sample(drawing: Drawing, size: int) -> dict[str, Any]:
-    """The drawing as a webdataset sample: png, txt (one caption, chosen by a hash of the key) and json."""
+    """The drawing as a webdataset sample: png, txt (one caption, chosen by a hash of the key) and
+    json."""
     captions = variants(drawing.name, drawing.keywords, drawing.vendor.style)
     fields = {
         "name": drawing.name,
@@ -244,7 +260,11 @@ def build(out: Path, cache: Path | None = None, size: int = 64) -> dict[str, lis
     cache = cache or default_cache()
     found = drawings(cache)
     written: dict[str, list[Path]] = {}
-    for split, shards in (("train", TRAIN_SHARDS), ("heldout-renderings", 1), ("heldout-concepts", 1)):
+    for split, shards in (
+        ("train", TRAIN_SHARDS),
+        ("heldout-renderings", 1),
+        ("heldout-concepts", 1),
+    ):
         chosen = [sample(d, size) for d in found if d.split == split]
         bounds = [len(chosen) * i // shards for i in range(shards + 1)]
         written[split] = [out / f"{split}-{i:05d}.tar.gz" for i in range(shards)]
@@ -257,7 +277,8 @@ def build(out: Path, cache: Path | None = None, size: int = 64) -> dict[str, lis
 def notice(cache: Path) -> str:
     """Attribution of every vendor and of the names."""
     lines = [
-        "The pictures in these shards are drawings of the following authors, rendered to 64 x 64 pixels on",
+        "The pictures in these shards are drawings of the following authors, rendered to 64 x 64 "
+        "pixels on",
         "white and otherwise unchanged. Each sample's .json names its vendor and licence.",
         "",
     ]

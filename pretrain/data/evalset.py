@@ -1,4 +1,5 @@
-"""A small labelled set in memory, for evaluation: pictures in shard order, classes by the json field `name`."""
+"""A small labelled set in memory, for evaluation: pictures in shard order, classes by the json
+field `name`."""
 
 import json
 from dataclasses import dataclass
@@ -45,19 +46,26 @@ def load_labelled(manifest_url: str, config: DataConfig) -> LabelledSet:
     """Decode every sample of a labelled manifest.
 
     Raises:
-        DataError: a sample is damaged or has no ``name``: an evaluation set is never silently smaller.
+        DataError: a sample is damaged or has no ``name``: an evaluation set is never silently
+            smaller.
     """
-    return _load(manifest_url, storage.sha256(manifest_url), config.size, config.max_bytes, config.max_pixels)
+    return _load(
+        manifest_url, storage.sha256(manifest_url), config.size, config.max_bytes, config.max_pixels
+    )
 
 
 @lru_cache(maxsize=8)
-def _load(manifest_url: str, sha256: str, size: int, max_bytes: int, max_pixels: int) -> LabelledSet:
+def _load(
+    manifest_url: str, sha256: str, size: int, max_bytes: int, max_pixels: int
+) -> LabelledSet:
     images, captions, keys = [], [], []
     for raw in _samples(manifest_url):
         try:
             image, _ = decode(raw, Bounds(max_bytes, max_pixels))
         except Refused as refused:
-            raise DataError(f"evaluation set {manifest_url!r}: sample {raw.key!r} is damaged: {refused}") from None
+            raise DataError(
+                f"evaluation set {manifest_url!r}: sample {raw.key!r} is damaged: {refused}"
+            ) from None
         images.append(prepare(image, size))
         captions.append(_name(manifest_url, raw))
         keys.append(raw.key)
@@ -81,11 +89,15 @@ def read_pictures(manifest_url: str) -> list[Picture]:
 def _samples(manifest_url: str) -> list[RawSample]:
     manifest = Manifest.load(manifest_url)
     cache = ShardCache(manifest, 1)
-    return [cache.get(s, i)[0] for s, shard in enumerate(manifest.shards) for i in range(shard.samples)]
+    return [
+        cache.get(s, i)[0] for s, shard in enumerate(manifest.shards) for i in range(shard.samples)
+    ]
 
 
 def _name(manifest_url: str, raw: RawSample) -> str:
     name = json.loads(raw.files.get("json", b"{}")).get("name")
     if not name:
-        raise DataError(f"evaluation set {manifest_url!r}: sample {raw.key!r} has no class `name` in its .json")
+        raise DataError(
+            f"evaluation set {manifest_url!r}: sample {raw.key!r} has no class `name` in its .json"
+        )
     return str(name)

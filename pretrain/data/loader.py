@@ -1,7 +1,7 @@
 """Batches for one rank: a DataLoader over steps whose every answer is a pure function of the step.
 
-A worker makes a whole batch, so the number of workers cannot change the order. The loader's whole state is
-the number of the next sample.
+A worker makes a whole batch, so the number of workers cannot change the order. The loader's whole
+state is the number of the next sample.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ class DataConfig(Config):
         tokenizer: URL of the sentencepiece model.
         size: pixels on a side of what the model sees.
         tokens: length that captions are padded or cut to.
-        shuffle_shards: shards whose samples are shuffled together; that many are kept in memory by a worker.
+        shuffle_shards: shards whose samples are shuffled together; that many are kept in memory by
+            a worker.
         workers: processes of each rank that decode; 0 decodes in the training process.
         flip: share of pictures that are mirrored.
         jitter: largest shift, as a share of the side.
@@ -51,15 +52,19 @@ class DataConfig(Config):
 class _Steps(Dataset[Batch]):
     """Item: (first, last) sample numbers of a rank's batch -> that batch."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, seed: int
+    ) -> None:
         self.config, self.manifest, self.tokenizer, self.seed = config, manifest, tokenizer, seed
         self.order = EpochOrder([s.samples for s in manifest.shards], seed, config.shuffle_shards)
         self.bounds = Bounds(config.max_bytes, config.max_pixels)
-        self._cache: ShardCache | None = None  # made in the worker: a file system opened before a fork hangs
+        # Made in the worker: a file system opened before a fork hangs.
+        self._cache: ShardCache | None = None
 
     def __getitem__(self, numbers: range) -> Batch:
         c = self.config
-        images, captions, keys, rejects = [], [], [], []
+        images, captions, keys = [], [], []
+        rejects: list[Reject] = []
         for number in numbers:
             raw_image, texts, key = self._usable(number, rejects)
             images.append(augment(prepare(raw_image, c.size), c.flip, c.jitter, self.seed, number))
@@ -67,7 +72,13 @@ class _Steps(Dataset[Batch]):
             keys.append(key)
         tokens, mask = self.tokenizer.encode(captions, c.tokens)
         return Batch(
-            torch.stack(images), tokens, mask, torch.tensor(list(numbers)), tuple(keys), tuple(captions), tuple(rejects)
+            torch.stack(images),
+            tokens,
+            mask,
+            torch.tensor(list(numbers)),
+            tuple(keys),
+            tuple(captions),
+            tuple(rejects),
         )
 
     def _usable(self, number: int, rejects: list[Reject]) -> tuple[Any, list[str], str]:
@@ -76,7 +87,9 @@ class _Steps(Dataset[Batch]):
             self._cache = ShardCache(self.manifest, self.config.shuffle_shards + 1)
         start, end = self.order.window_of(number)
         for offset in range(end - start):
-            raw, odd = self._cache.get(*self.order.locate(start + (number - start + offset) % (end - start)))
+            raw, odd = self._cache.get(
+                *self.order.locate(start + (number - start + offset) % (end - start))
+            )
             rejects += odd
             try:
                 image, texts = decode(raw, self.bounds)
@@ -86,7 +99,8 @@ class _Steps(Dataset[Batch]):
                 continue
             return image, texts, raw.key
         raise DataError(
-            f"no sample of the {end - start} shuffled with number {number} can be used (the last: {rejects[-1]}); "
+            f"no sample of the {end - start} shuffled with number {number} can be used (the last: "
+            f"{rejects[-1]}); "
             "see `python -m pretrain data verify`"
         )
 
@@ -155,13 +169,15 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            # Forked from a training process, a child can inherit a lock that no thread will ever release.
+            # Forked from a training process, a child can inherit a lock that no thread will ever
+            # release.
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=_one_thread,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in batches:
-            # Counted when it is handed out: what workers have read ahead is read again after a resume.
+            # Counted when it is handed out: what workers have read ahead is read again after a
+            # resume.
             self.next_sample += self.global_batch
             yield batch
 

@@ -1,4 +1,5 @@
-"""What shards there are: names, sample counts, sizes and hashes. The order of samples is defined over it."""
+"""What shards there are: names, sample counts, sizes and hashes. The order of samples is defined
+over it."""
 
 import hashlib
 import json
@@ -25,7 +26,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An ordered list of shards, and the folder (path or URL) that their relative URLs start from."""
+    """An ordered list of shards, and the folder (path or URL) that their relative URLs start
+    from."""
 
     shards: tuple[Shard, ...]
     folder: str
@@ -37,7 +39,8 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the shards' hashes in order: two manifests of equal fingerprint number samples alike."""
+        """SHA-256 over the shards' hashes in order: two manifests of equal fingerprint number
+        samples alike."""
         text = "\n".join(f"{s.sha256} {s.samples}" for s in self.shards)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -62,10 +65,15 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"manifest={url!r} is not a manifest ({error}); {remedy}") from None
         if tree.get("schema") != SCHEMA:
-            raise DataError(f"manifest={url!r} has schema {tree.get('schema')!r}, this version reads {SCHEMA}; {remedy}")
+            raise DataError(
+                f"manifest={url!r} has schema {tree.get('schema')!r}, this version reads "
+                f"{SCHEMA}; {remedy}"
+            )
         if not sum(s.samples for s in shards):
             raise DataError(f"manifest={url!r} lists no sample; {remedy}")
-        return cls(shards, str(PurePosixPath(url).parent) if "://" not in url else url.rpartition("/")[0])
+        return cls(
+            shards, str(PurePosixPath(url).parent) if "://" not in url else url.rpartition("/")[0]
+        )
 
     def save(self, url: str) -> None:
         """Write as JSON, whole or not at all."""

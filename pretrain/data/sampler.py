@@ -1,7 +1,9 @@
-"""The order of samples, as a pure function of (seed, epoch, position): nothing to save, nothing to lose.
+"""The order of samples, as a pure function of (seed, epoch, position): nothing to save, nothing to
+lose.
 
-Global sample number n is position n % N of epoch n // N. In each epoch the shards are permuted, joined into
-windows of a few shards, and samples are permuted inside a window; so a reader keeps one window in memory.
+Global sample number n is position n % N of epoch n // N. In each epoch the shards are permuted,
+joined into windows of a few shards, and samples are permuted inside a window; so a reader keeps one
+window in memory.
 """
 
 from bisect import bisect_right
@@ -46,7 +48,8 @@ class EpochOrder:
         return int(shard), int(index)
 
     def window_of(self, number: int) -> tuple[int, int]:
-        """The range of global sample numbers [start, end) that are shuffled together with ``number``."""
+        """The range of global sample numbers [start, end) that are shuffled together with
+        ``number``."""
         epoch, position = divmod(number, self.num_samples)
         _, starts = self._epoch(epoch)
         window = bisect_right(starts, position) - 1
@@ -54,24 +57,32 @@ class EpochOrder:
         return base + starts[window], base + starts[window + 1]
 
     def _layout(self, epoch: int) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
-        """The windows of an epoch (shard numbers), and where each starts, with the epoch's end last."""
+        """The windows of an epoch (shard numbers), and where each starts, with the epoch's end
+        last."""
         rng = np.random.Generator(np.random.Philox(derive_seed(self.seed, epoch, "shards")))
         filled = np.array([i for i, n in enumerate(self.sizes) if n])
         shards = rng.permutation(filled).tolist()
-        windows = tuple(tuple(shards[i : i + self.window]) for i in range(0, len(shards), self.window))
+        windows = tuple(
+            tuple(shards[i : i + self.window]) for i in range(0, len(shards), self.window)
+        )
         lengths = [sum(self.sizes[s] for s in w) for w in windows]
         return windows, [0, *accumulate(lengths)]
 
     def _permutation(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
         """(shard, index) of each position of a window."""
         shards = self._epoch(epoch)[0][window]
-        pairs = np.concatenate([np.stack([np.full(self.sizes[s], s), np.arange(self.sizes[s])], 1) for s in shards])
-        rng = np.random.Generator(np.random.Philox(derive_seed(self.seed, epoch, window, "samples")))
+        pairs = np.concatenate(
+            [np.stack([np.full(self.sizes[s], s), np.arange(self.sizes[s])], 1) for s in shards]
+        )
+        rng = np.random.Generator(
+            np.random.Philox(derive_seed(self.seed, epoch, window, "samples"))
+        )
         return pairs[rng.permutation(len(pairs))]
 
 
 def rank_slice(start: int, global_batch: int, rank: int, world: int) -> range:
-    """Sample numbers of ``rank`` in the global batch that begins at ``start``: disjoint and complete over ranks.
+    """Sample numbers of ``rank`` in the global batch that begins at ``start``: disjoint and
+    complete over ranks.
 
     Raises:
         ConfigError: the batch does not divide.

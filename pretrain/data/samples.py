@@ -16,7 +16,14 @@ from pretrain.data.shards import RawSample
 from pretrain.rng import derive_seed
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-Reason = Literal["no image", "no caption", "too many bytes", "too many pixels", "undecodable image", "undecodable text"]
+Reason = Literal[
+    "no image",
+    "no caption",
+    "too many bytes",
+    "too many pixels",
+    "undecodable image",
+    "undecodable text",
+]
 
 
 class Refused(Exception):
@@ -71,7 +78,11 @@ def captions_of(raw: RawSample) -> list[str]:
     try:
         if "json" in raw.files:
             listed = json.loads(raw.files["json"]).get("captions")
-            if isinstance(listed, list) and listed and all(isinstance(c, str) and c.strip() for c in listed):
+            if (
+                isinstance(listed, list)
+                and listed
+                and all(isinstance(c, str) and c.strip() for c in listed)
+            ):
                 return listed
         text = raw.files.get("txt", b"").decode().strip()
     except (ValueError, AttributeError):
@@ -117,7 +128,9 @@ def augment(image_CHW: Tensor, flip: float, jitter: float, seed: int, number: in
         side = image_CHW.shape[1]
         padded = torch.ones(3, side + 2 * reach, side + 2 * reach)
         padded[:, reach : reach + side, reach : reach + side] = image_CHW
-        image_CHW = padded[:, reach + dy : reach + dy + side, reach + dx : reach + dx + side].contiguous()
+        image_CHW = padded[
+            :, reach + dy : reach + dy + side, reach + dx : reach + dx + side
+        ].contiguous()
     return image_CHW
 
 

@@ -1,4 +1,5 @@
-"""Raw samples out of tars: webdataset reads them, storage.py fetches them, and odd members are refused."""
+"""Raw samples out of tars: webdataset reads them, storage.py fetches them, and odd members are
+refused."""
 
 import io
 import tarfile
@@ -38,12 +39,17 @@ def read_shard(url: str, data: bytes) -> tuple[list[RawSample], list[Reject]]:
 
     try:
         files = tar_file_iterator(io.BytesIO(data), select_files=wanted)
-        grouped = group_by_keys({"fname": f["fname"], "data": f["data"], "__url__": url} for f in files)
+        grouped = group_by_keys(
+            {"fname": f["fname"], "data": f["data"], "__url__": url} for f in files
+        )
         samples = [
-            RawSample(s["__key__"], url, {k: v for k, v in s.items() if not k.startswith("__")}) for s in grouped
+            RawSample(s["__key__"], url, {k: v for k, v in s.items() if not k.startswith("__")})
+            for s in grouped
         ]
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise DataError(f"shard={url!r} is not a whole tar file ({error}); fetch or write it again") from error
+        raise DataError(
+            f"shard={url!r} is not a whole tar file ({error}); fetch or write it again"
+        ) from error
     return samples, rejects
 
 
@@ -58,7 +64,9 @@ def _odd_members(url: str, data: bytes) -> list[Reject]:
                 elif member.issym() or member.islnk():
                     rejects.append(Reject("link", url, member.name))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"shard={url!r} is not a whole tar file ({error}); fetch or write it again") from error
+        raise DataError(
+            f"shard={url!r} is not a whole tar file ({error}); fetch or write it again"
+        ) from error
     return rejects
 
 
@@ -67,7 +75,8 @@ class ShardCache:
 
     Args:
         manifest: what to read.
-        size: shards kept; one shuffling window and one more is enough never to read a shard twice an epoch.
+        size: shards kept; one shuffling window and one more is enough never to read a shard twice
+            an epoch.
     """
 
     def __init__(self, manifest: Manifest, size: int) -> None:
@@ -76,7 +85,8 @@ class ShardCache:
         self._kept: OrderedDict[int, list[RawSample]] = OrderedDict()
 
     def get(self, shard: int, index: int) -> tuple[RawSample, list[Reject]]:
-        """Sample ``index`` of shard number ``shard``, and what was refused if the shard was read just now.
+        """Sample ``index`` of shard number ``shard``, and what was refused if the shard was read
+        just now.
 
         Raises:
             DataError: the shard is not the one the manifest was made from.
@@ -95,14 +105,20 @@ class ShardCache:
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError:
-            raise DataError(f"shard={url!r} is in the manifest and does not exist; restore it or index again") from None
+            raise DataError(
+                f"shard={url!r} is in the manifest and does not exist; restore it or index again"
+            ) from None
         found = storage.sha256_bytes(data)
         if found != entry.sha256:
             raise DataError(
-                f"shard={url!r} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…; restore the shard, "
+                f"shard={url!r} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…; "
+                "restore the shard, "
                 "or index it again (sample numbers then mean other samples)"
             )
         samples, rejects = read_shard(url, data)
         if len(samples) != entry.samples:
-            raise DataError(f"shard={url!r} holds {len(samples)} samples, the manifest says {entry.samples}; index again")
+            raise DataError(
+                f"shard={url!r} holds {len(samples)} samples, the manifest says {entry.samples}; "
+                "index again"
+            )
         return samples, rejects

@@ -1,4 +1,5 @@
-"""Text to token ids by sentencepiece; identified by the hash of its file, which travels with the weights."""
+"""Text to token ids by sentencepiece; identified by the hash of its file, which travels with the
+weights."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,8 @@ class Tokenizer:
             data = storage.read_bytes(path)
         except FileNotFoundError:
             raise DataError(
-                f"tokenizer={path!r} does not exist; train one with `python -m pretrain tokenizer train --data "
+                f"tokenizer={path!r} does not exist; train one with `python -m pretrain tokenizer "
+                "train --data "
                 f"MANIFEST --out {path}`"
             ) from None
         self.sha256 = storage.sha256_bytes(data)
@@ -40,7 +42,10 @@ class Tokenizer:
             raise DataError(f"tokenizer={path!r} is not a sentencepiece model ({error})") from None
         p = self._processor
         if (p.pad_id(), p.unk_id(), p.bos_id(), p.eos_id()) != (PAD, UNKNOWN, BEGIN, END):
-            raise DataError(f"tokenizer={path!r} has special ids other than pad 0, unk 1, bos 2, eos 3; train it anew")
+            raise DataError(
+                f"tokenizer={path!r} has special ids other than pad 0, unk 1, bos 2, eos 3; train "
+                "it anew"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -48,7 +53,8 @@ class Tokenizer:
         return int(self._processor.GetPieceSize())
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        """Token ids (B, length) int64 and mask (B, length) bool; a longer text is cut, its end token kept."""
+        """Token ids (B, length) int64 and mask (B, length) bool; a longer text is cut, its end
+        token kept."""
         tokens = torch.zeros(len(texts), length, dtype=torch.long)
         for row, pieces in zip(tokens, self._processor.Encode(list(texts)), strict=True):
             ids = [BEGIN, *pieces[: length - 2], END]
@@ -68,7 +74,8 @@ class Tokenizer:
         if self.sha256 != expected_sha256:
             raise TokenizerMismatch(
                 f"data.tokenizer has sha256 {self.sha256[:16]}…, the weights were trained with "
-                f"{expected_sha256[:16]}…; every token id would mean another text: give the tokenizer that was "
+                f"{expected_sha256[:16]}…; every token id would mean another text: give the "
+                "tokenizer that was "
                 "saved beside the weights, or start with a new output"
             )
 
@@ -99,6 +106,8 @@ def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> str:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"vocab_size={vocab_size} cannot be trained on these texts ({error}); lower it") from None
+        raise DataError(
+            f"vocab_size={vocab_size} cannot be trained on these texts ({error}); lower it"
+        ) from None
     storage.write_bytes(str(path), stream.getvalue())
     return storage.sha256_bytes(stream.getvalue())

@@ -1,8 +1,9 @@
 """The forward process of one stream, and what a network's output F stands for.
 
-Two separate choices. The path noises: z_t = gamma alpha x_0 + sigma eps. The parametrisation reads F:
-every one in use is affine, x_0 = skip z_t + out F(in z_t), so four rows of coefficients cover eps, x0, v
-and EDM, and the loss of each is the plain mean square error between F and the F that would be right.
+Two separate choices. The path noises: z_t = gamma alpha x_0 + sigma eps. The parametrisation reads
+F: every one in use is affine, x_0 = skip z_t + out F(in z_t), so four rows of coefficients cover
+eps, x0, v and EDM, and the loss of each is the plain mean square error between F and the F that
+would be right.
 """
 
 from typing import Literal
@@ -27,7 +28,8 @@ class StreamConfig(Config):
 
     Attributes:
         schedule: alpha and sigma over time.
-        predict: what F stands for. The paper's image stream is eps over scaled_linear; its text stream x0.
+        predict: what F stands for. The paper's image stream is eps over scaled_linear; its text
+            stream x0.
         gamma: scale of the signal in z_t, in (0, 1] (DiffDis: e_t = gamma sqrt(abar) e_0 + ...).
         sigma_data: standard deviation of clean data; read by ``predict: edm`` alone.
     """
@@ -73,9 +75,11 @@ class Path:
         return skip * z_t + out * f
 
     def f_target(self, x0: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The raw output that would be exactly right; the MSE to it is the loss of every parametrisation.
+        """The raw output that would be exactly right; the MSE to it is the loss of every
+        parametrisation.
 
-        For eps that is Eq. 4 of DiffDis; for EDM it equals lambda(sigma) |D - x_0|^2 (Karras et al. 2022, Eq. 8).
+        For eps that is Eq. 4 of DiffDis; for EDM it equals lambda(sigma) |D - x_0|^2 (Karras et al.
+        2022, Eq. 8).
         """
         skip, out, _ = self._skip_out_in(z_t, t)
         return (x0 - skip * z_t) / out
@@ -112,7 +116,8 @@ def build_path(config: StreamConfig) -> Path:
         )
     if config.predict == "eps" and isinstance(config.schedule, EDMConfig):
         raise ConfigError(
-            "diffusion predict='eps' over schedule.kind=edm leaves the network's input unscaled (sigma up to "
+            "diffusion predict='eps' over schedule.kind=edm leaves the network's input unscaled "
+            "(sigma up to "
             f"{config.schedule.sigma_max}); use predict=edm, or schedule.kind=scaled_linear"
         )
     return Path(config)

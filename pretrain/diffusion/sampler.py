@@ -1,10 +1,11 @@
 """Deterministic samplers over any path: from noise to x_0 along a grid of times.
 
-A sampler sees only ``denoise(z_t, t) -> x_0``: guidance and normalisation live in the caller's function.
-Agreement with diffusers' schedulers is tested in tests/parity.
+A sampler sees only ``denoise(z_t, t) -> x_0``: guidance and normalisation live in the caller's
+function. Agreement with diffusers' schedulers is tested in tests/parity.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,7 +22,9 @@ def start(path: Path, eps: Tensor) -> Tensor:
     return eps * path.schedule.sigma(torch.tensor([path.schedule.t_max])).to(eps)
 
 
-def sample(path: Path, denoise: Denoise, eps: Tensor, steps: int, method: Method = "ddim") -> Tensor:
+def sample(
+    path: Path, denoise: Denoise, eps: Tensor, steps: int, method: Method = "ddim"
+) -> Tensor:
     """Integrate from unit noise ``eps`` (B, ...) to x_0 in ``steps`` steps.
 
     ``heun`` calls the network 2·steps − 1 times, the others ``steps`` times.
@@ -29,7 +32,7 @@ def sample(path: Path, denoise: Denoise, eps: Tensor, steps: int, method: Method
     times = path.schedule.grid(steps).to(eps.device)
     z = start(path, eps)
     memory: tuple[Tensor, Tensor] | None = None  # (log noise-to-signal, x_0) of the step before
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         t_B, next_B = t.expand(len(z)), t_next.expand(len(z))
         x0 = denoise(z, t_B)
         if method == "heun":
@@ -61,10 +64,19 @@ def _heun(path: Path, denoise: Denoise, z: Tensor, x0: Tensor, t: Tensor, t_next
 
 
 def _dpmpp_2m(
-    path: Path, z: Tensor, x0: Tensor, t: Tensor, t_next: Tensor, memory: tuple[Tensor, Tensor] | None
+    path: Path,
+    z: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    memory: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    # DPM-Solver++ (Lu et al. 2022), second-order multistep, data prediction; lambda = ln(alpha / sigma).
-    (alpha, sigma), (alpha_next, sigma_next) = path._coefficients(t, z), path._coefficients(t_next, z)
+    # DPM-Solver++ (Lu et al. 2022), second-order multistep, data prediction; lambda = ln(alpha /
+    # sigma).
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        path._coefficients(t, z),
+        path._coefficients(t_next, z),
+    )
     lam = (alpha / sigma).log()
     if bool((sigma_next == 0).all()):  # the last step, to clean data, is first order
         return alpha_next * x0, (lam, x0)

@@ -1,7 +1,8 @@
-"""Noise schedules: alpha(t), sigma(t), their inverse, the times to train at and the grid to sample on.
+"""Noise schedules: alpha(t), sigma(t), their inverse, the times to train at and the grid to sample
+on.
 
-Every schedule measures time so that t = 0 is clean data (alpha = 1, sigma = 0) and t = `t_max` is the
-noisiest. All functions are elementwise over tensors of times.
+Every schedule measures time so that t = 0 is clean data (alpha = 1, sigma = 0) and t = `t_max` is
+the noisiest. All functions are elementwise over tensors of times.
 """
 
 import math
@@ -29,7 +30,8 @@ class Schedule(Protocol):
         """The inverse: the time at which sigma / alpha has this value."""
 
     def embed(self, t: Tensor) -> Tensor:
-        """The number in [0, 1000] that the network's sinusoidal time embedding reads; 0 for clean data."""
+        """The number in [0, 1000] that the network's sinusoidal time embedding reads; 0 for clean
+        data."""
 
     def training_times(self, u: Tensor) -> Tensor:
         """Uniform draws in [0, 1) to training times: the schedule's own training distribution."""
@@ -48,7 +50,8 @@ class ScaledLinearConfig(Config):
 
 
 class EDMConfig(Config):
-    """EDM (Karras et al. 2022): alpha = 1, ln sigma ~ N(p_mean, p_std^2) in training, rho-grid in sampling."""
+    """EDM (Karras et al. 2022): alpha = 1, ln sigma ~ N(p_mean, p_std^2) in training, rho-grid in
+    sampling."""
 
     kind: Literal["edm"] = "edm"
     p_mean: float = -1.2
@@ -72,7 +75,9 @@ class ScaledLinear:
             config.beta_start**0.5, config.beta_end**0.5, config.steps, dtype=torch.float64
         )
         log_abar = torch.log1p(-(roots**2)).cumsum(0)
-        self._log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), log_abar])  # index 0: clean
+        self._log_abar = torch.cat(
+            [torch.zeros(1, dtype=torch.float64), log_abar]
+        )  # index 0: clean
         self.t_max = float(config.steps)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
@@ -122,9 +127,12 @@ class EDM:
         return noise_to_signal
 
     def embed(self, t: Tensor) -> Tensor:
-        # EDM feeds ln(sigma)/4; the same coordinate stretched over the range that the embedding resolves.
+        # EDM feeds ln(sigma)/4; the same coordinate stretched over the range that the embedding
+        # resolves.
         low, high = math.log(self.config.sigma_min), math.log(self.config.sigma_max)
-        return ((t.clamp(min=self.config.sigma_min).log() - low) / (high - low) * 1000).clamp(0, 1000)
+        return ((t.clamp(min=self.config.sigma_min).log() - low) / (high - low) * 1000).clamp(
+            0, 1000
+        )
 
     def training_times(self, u: Tensor) -> Tensor:
         # The tails are cut at 1e-6 so that the largest sigma stays finite.
@@ -133,8 +141,14 @@ class EDM:
 
     def grid(self, steps: int) -> Tensor:
         c = self.config
-        ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1).double()
-        sigmas = (c.sigma_max ** (1 / c.rho) * (1 - ramp) + c.sigma_min ** (1 / c.rho) * ramp) ** c.rho
+        ramp = (
+            torch.linspace(0, 1, steps, dtype=torch.float64)
+            if steps > 1
+            else torch.zeros(1).double()
+        )
+        sigmas = (
+            c.sigma_max ** (1 / c.rho) * (1 - ramp) + c.sigma_min ** (1 / c.rho) * ramp
+        ) ** c.rho
         return torch.cat([sigmas, torch.zeros(1).double()]).float()
 
 

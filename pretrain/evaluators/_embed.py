@@ -7,14 +7,18 @@ from pretrain import comm
 from pretrain.evaluators.base import Subject, share
 
 
-def embed_images(subject: Subject, images_NCHW: Tensor, seed: int, steps: int, noises: int, guidance: float) -> Tensor:
+def embed_images(
+    subject: Subject, images_NCHW: Tensor, seed: int, steps: int, noises: int, guidance: float
+) -> Tensor:
     """Rows of ê_0 for all images, on every rank, on the CPU; each rank embeds its share."""
     mine = share(len(images_NCHW), subject.rank, subject.world)
     device = subject.heads.model.null_tokens_L.device
-    rows = {}
+    rows: dict[int, Tensor] = {}
     for start in range(0, len(mine), 64):
         part = mine[start : start + 64]
-        e = subject.heads.embed_images(images_NCHW[part].to(device), seed, steps, noises, guidance).cpu()
+        e = subject.heads.embed_images(
+            images_NCHW[part].to(device), seed, steps, noises, guidance
+        ).cpu()
         rows |= dict(zip(part, e, strict=True))
     together = {i: row for part in comm.gather_objects(rows) for i, row in part.items()}
     return torch.stack([together[i] for i in range(len(images_NCHW))])

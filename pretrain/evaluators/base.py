@@ -1,4 +1,5 @@
-"""An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave pictures)."""
+"""An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
+pictures)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class EvaluatorConfig(Config):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: an unpartitioned copy of the task on this rank, and what reads text and images.
+    """What is evaluated: an unpartitioned copy of the task on this rank, and what reads text and
+    images.
 
     Attributes:
         task: in eval mode, on this rank's device.
@@ -47,7 +49,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics by name, and files to keep as artifacts. The same on every rank, files on rank 0 only."""
+    """Metrics by name, and files to keep as artifacts. The same on every rank, files on rank 0
+    only."""
 
     metrics: dict[str, float]
     files: tuple[Path, ...] = ()
@@ -57,11 +60,10 @@ class Evaluator(Protocol):
     """What ``build(settings)`` of a file returns."""
 
     def run(self, subject: Subject) -> Result:
-        """Evaluate. Called by every rank; may use `comm` collectives, the same ones on every rank."""
+        """Evaluate. Called by every rank; may use `comm` collectives, the same ones on every
+        rank."""
 
 
 def share(n: int, rank: int, world: int) -> list[int]:
     """Indices of ``range(n)`` that are this rank's."""
     return list(range(rank, n, world))
-
-

@@ -38,15 +38,19 @@ def recall_at(scores_QG: Tensor, relevant_QG: Tensor, k: int) -> float:
 
 
 class Retrieval:
-    """R@K both ways. Captions are the distinct class names, so pictures of one concept share a caption."""
+    """R@K both ways. Captions are the distinct class names, so pictures of one concept share a
+    caption."""
 
     def __init__(self, settings: Settings) -> None:
         if not settings.sets:
-            raise ConfigError("evaluators.retrieval.sets={}: name at least one set, as {name: manifest.json}")
+            raise ConfigError(
+                "evaluators.retrieval.sets={}: name at least one set, as {name: manifest.json}"
+            )
         self.settings = settings
 
     def run(self, subject: Subject) -> Result:
-        s, metrics = self.settings, {}
+        s = self.settings
+        metrics: dict[str, float] = {}
         for name, manifest in s.sets.items():
             data = load_labelled(manifest, subject.data)
             e0_hat = embed_images(subject, data.images_NCHW, s.seed, s.steps, s.noises, s.guidance)

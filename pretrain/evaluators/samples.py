@@ -28,12 +28,16 @@ class Settings(EvaluatorConfig):
     tile: int = Field(96, ge=16)
 
 
-def grid(images: Sequence[Image.Image], titles: Sequence[str], columns: int, tile: int) -> Image.Image:
+def grid(
+    images: Sequence[Image.Image], titles: Sequence[str], columns: int, tile: int
+) -> Image.Image:
     """Images in rows of ``columns``, each ``tile`` pixels wide, its title under it."""
     label, gap = 16, 4
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + label + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (tile + gap) + gap, rows * (tile + label + gap) + gap), "white"
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         x, y = gap + i % columns * (tile + gap), gap + i // columns * (tile + label + gap)
@@ -61,7 +65,9 @@ class Samples:
             part = mine[start : start + 32]
             tokens, mask = subject.tokenizer.encode([prompts[i] for i in part], length)
             seeds = [s.seed + i for i in part]
-            images = subject.heads.generate_tokens(tokens.to(device), mask.to(device), seeds, s.steps, s.guidance)
+            images = subject.heads.generate_tokens(
+                tokens.to(device), mask.to(device), seeds, s.steps, s.guidance
+            )
             made |= {i: to_pil(image) for i, image in zip(part, images, strict=True)}
         together = {i: image for part in comm.gather_objects(made) for i, image in part.items()}
         if subject.rank != 0:

@@ -13,7 +13,8 @@ from pretrain.types import Batch
 class Settings(EvaluatorConfig):
     """Attributes:
     manifest: the held-out set.
-    global_batch: samples that contrast with each other; over all ranks, and so the same on any number.
+    global_batch: samples that contrast with each other; over all ranks, and so the same on any
+        number.
     repeats: times each sample is noised anew.
     """
 
@@ -23,11 +24,14 @@ class Settings(EvaluatorConfig):
 
 
 class Validation:
-    """Mean of each objective's loss over whole global batches; the set is walked round to fill the last one."""
+    """Mean of each objective's loss over whole global batches; the set is walked round to fill the
+    last one."""
 
     def __init__(self, settings: Settings) -> None:
         if settings.manifest is None:
-            raise ConfigError("evaluators.validation.manifest: required, but not given; name a held-out manifest")
+            raise ConfigError(
+                "evaluators.validation.manifest: required, but not given; name a held-out manifest"
+            )
         self.settings = settings
 
     @torch.no_grad()
@@ -36,7 +40,8 @@ class Validation:
         assert s.manifest is not None
         if s.global_batch % subject.world:
             raise ConfigError(
-                f"evaluators.validation.global_batch={s.global_batch} is not a multiple of {subject.world} ranks"
+                f"evaluators.validation.global_batch={s.global_batch} is not a multiple of "
+                f"{subject.world} ranks"
             )
         data = load_labelled(s.manifest, subject.data)
         n, mine = len(data.labels_N), s.global_batch // subject.world
@@ -53,7 +58,9 @@ class Validation:
             batch = Batch(data.images_NCHW[indices], tokens, mask, positions, captions=captions)
             for name, value in subject.task(batch.to(device)).metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / batches
-        return Result({f"validation/{name}": value for name, value in comm.mean_over_ranks(sums).items()})
+        return Result(
+            {f"validation/{name}": value for name, value in comm.mean_over_ranks(sums).items()}
+        )
 
 
 def build(settings: EvaluatorConfig) -> Evaluator:

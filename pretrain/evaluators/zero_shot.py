@@ -31,7 +31,8 @@ class Settings(EvaluatorConfig):
 
 
 def ranks_of_truth(e0_hat_NE: Tensor, classes_KE: Tensor, labels_N: Tensor) -> Tensor:
-    """How many classes score above the true one, (N,) int64; 0 is a top-1 hit. Ties count against the model."""
+    """How many classes score above the true one, (N,) int64; 0 is a top-1 hit. Ties count against
+    the model."""
     scores = e0_hat_NE @ classes_KE.T
     truth = scores.gather(1, labels_N[:, None])
     return (scores >= truth).sum(1) - 1
@@ -42,11 +43,14 @@ class ZeroShot:
 
     def __init__(self, settings: Settings) -> None:
         if not settings.sets:
-            raise ConfigError("evaluators.zero_shot.sets={}: name at least one set, as {name: manifest.json}")
+            raise ConfigError(
+                "evaluators.zero_shot.sets={}: name at least one set, as {name: manifest.json}"
+            )
         self.settings = settings
 
     def run(self, subject: Subject) -> Result:
-        s, metrics = self.settings, {}
+        s = self.settings
+        metrics: dict[str, float] = {}
         for name, manifest in s.sets.items():
             data = load_labelled(manifest, subject.data)
             images = data.images_NCHW

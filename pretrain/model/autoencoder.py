@@ -1,4 +1,5 @@
-"""Pixels to latents and back. Frozen, and outside the engine: no parameter of it is ever partitioned."""
+"""Pixels to latents and back. Frozen, and outside the engine: no parameter of it is ever
+partitioned."""
 
 from typing import Annotated, Any, Literal, Protocol
 
@@ -24,7 +25,8 @@ class Autoencoder(Protocol):
 
 
 class SpaceToDepthConfig(Config):
-    """Blocks of factor × factor pixels become channels: exact, invertible, free. factor 1 is plain pixels."""
+    """Blocks of factor × factor pixels become channels: exact, invertible, free. factor 1 is plain
+    pixels."""
 
     kind: Literal["space_to_depth"] = "space_to_depth"
     factor: int = Field(2, ge=1)
@@ -85,7 +87,11 @@ class Diffusers:
 
     @torch.no_grad()
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        return self.vae.to(z_BCHW.device).decode((z_BCHW / self.scale).to(self.vae.dtype)).sample.float()
+        return (
+            self.vae.to(z_BCHW.device)
+            .decode((z_BCHW / self.scale).to(self.vae.dtype))
+            .sample.float()
+        )
 
 
 def build_autoencoder(config: SpaceToDepthConfig | DiffusersConfig) -> Autoencoder:

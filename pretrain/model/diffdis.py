@@ -1,4 +1,5 @@
-"""DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training pass."""
+"""DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training
+pass."""
 
 import torch
 from pydantic import model_validator
@@ -26,8 +27,8 @@ class ModelConfig(Config):
         image_size: pixels on a side.
         autoencoder: pixels to latents.
         unet, text_encoder, text_stream: the parts.
-        image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for the
-            image and x0 for the text query.
+        image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for
+            the image and x0 for the text query.
     """
 
     image_size: int = 32
@@ -46,12 +47,14 @@ class ModelConfig(Config):
             if self.image_size % step:
                 raise ValueError(
                     f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
-                    f"{self.autoencoder.factor} × {levels} for {len(self.unet.channels)} unet levels); "
+                    f"{self.autoencoder.factor} × {levels} for {len(self.unet.channels)} unet "
+                    "levels); "
                     f"try {max(step, self.image_size // step * step)}"
                 )
         if self.text_path.predict != "x0":
             raise ValueError(
-                f"text_path.predict={self.text_path.predict!r}: the alignment loss reads ê_0 (DiffDis Eq. 8); use x0"
+                f"text_path.predict={self.text_path.predict!r}: the alignment loss reads ê_0 "
+                "(DiffDis Eq. 8); use x0"
             )
         return self
 
@@ -112,19 +115,24 @@ class DiffDis(nn.Module):
         return self.trunk.unet.conv_in.weight.dtype
 
     def encode_text(self, tokens_BL: Tensor, mask_BL: Tensor) -> tuple[TextFeatures, Tensor]:
-        """Features of texts, and the null prompt's condition (1, L, D), in one pass of the encoder."""
-        tokens = torch.cat([tokens_BL, self.null_tokens_L[None, : tokens_BL.shape[1]].to(tokens_BL)])
+        """Features of texts, and the null prompt's condition (1, L, D), in one pass of the
+        encoder."""
+        tokens = torch.cat(
+            [tokens_BL, self.null_tokens_L[None, : tokens_BL.shape[1]].to(tokens_BL)]
+        )
         mask = torch.cat([mask_BL, self.null_mask_L[None, : mask_BL.shape[1]].to(mask_BL.device)])
         features = self.text_encoder(tokens, mask)
         return TextFeatures(features.c_BLD[:-1], features.e_BE[:-1]), features.c_BLD[-1:]
 
-    def forward(self, noised: Noised, generation: bool = True, alignment: bool = True) -> ModelOutput:
+    def forward(
+        self, noised: Noised, generation: bool = True, alignment: bool = True
+    ) -> ModelOutput:
         """The stacked pass: generation half, then alignment half, one encoder pass on both.
 
         Args:
             noised: inputs of both halves, B samples each.
-            generation, alignment: which halves the run's objectives read; fixed for a run, so that every
-                rank runs the same modules at every step.
+            generation, alignment: which halves the run's objectives read; fixed for a run, so that
+                every rank runs the same modules at every step.
         """
         dtype, n = self.dtype, len(noised.z_BCHW)
         z_path, e_path = self.image_path, self.text_path
@@ -164,7 +172,9 @@ class DiffDis(nn.Module):
 
     def denoise_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
         """x_0 estimate of the generation branch, for samplers."""
-        query = z_t_BCHW.new_zeros(len(z_t_BCHW), self.config.text_encoder.query_dim, dtype=self.dtype)
+        query = z_t_BCHW.new_zeros(
+            len(z_t_BCHW), self.config.text_encoder.query_dim, dtype=self.dtype
+        )
         unseen = torch.zeros(len(z_t_BCHW), dtype=torch.bool, device=z_t_BCHW.device)
         path = self.image_path
         encoded = self.trunk.encode(
@@ -178,7 +188,9 @@ class DiffDis(nn.Module):
         f = self.trunk.decode(encoded, c_BLD.to(self.dtype)).float()
         return path.x0_of(f, z_t_BCHW, t_z_B)
 
-    def denoise_query(self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor) -> Tensor:
+    def denoise_query(
+        self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor
+    ) -> Tensor:
         """ê_0 of the alignment branch given clean latents, not normalised."""
         clean = torch.zeros(len(z_BCHW), device=z_BCHW.device)
         encoded = self.trunk.encode(

@@ -1,11 +1,14 @@
-"""The dual-stream U-Net of DiffDis: Stable Diffusion's U-Net, and a text token in its encoder and mid block.
+"""The dual-stream U-Net of DiffDis: Stable Diffusion's U-Net, and a text token in its encoder and
+mid block.
 
-One pass serves both tasks. The generation half (noisy image, caption, query masked out of attention) and the
-alignment half (clean image at t_z = 0, null prompt, noisy query) are stacked along the batch; the encoder
-runs once on both, the decoder on the first half alone. So every parameter is gathered once a step under
-ZeRO-3, and every rank runs the same modules in the same order.
+One pass serves both tasks. The generation half (noisy image, caption, query masked out of
+attention) and the alignment half (clean image at t_z = 0, null prompt, noisy query) are stacked
+along the batch; the encoder runs once on both, the decoder on the first half alone. So every
+parameter is gathered once a step under ZeRO-3, and every rank runs the same modules in the same
+order.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,8 @@ from pretrain.model.unet import UNetConfig, build_unet
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder and mid block leave: the mid map, the skips for the decoder, the text token h_e."""
+    """What the encoder and mid block leave: the mid map, the skips for the decoder, the text token
+    h_e."""
 
     mid_BCHW: Tensor
     skips: tuple[Tensor, ...]
@@ -34,11 +38,14 @@ class Encoded:
         return self._part(slice(-n, None))
 
     def _part(self, s: slice) -> "Encoded":
-        return Encoded(self.mid_BCHW[s], tuple(k[s] for k in self.skips), self.time_BD[s], self.h_BE[s])
+        return Encoded(
+            self.mid_BCHW[s], tuple(k[s] for k in self.skips), self.time_BD[s], self.h_BE[s]
+        )
 
 
 class DualStreamUNet(nn.Module):
-    """`unet` is diffusers' UNet2DConditionModel by name; `blocks` and `head` are the text stream."""
+    """`unet` is diffusers' UNet2DConditionModel by name; `blocks` and `head` are the text
+    stream."""
 
     def __init__(
         self,
@@ -53,11 +60,17 @@ class DualStreamUNet(nn.Module):
         self.stream = stream
         self.unet = build_unet(unet, latent_channels, condition_dim)
         self.query_time = QueryTime(query_dim)
-        widths = [c for c, attends in zip(unet.channels, unet.attention, strict=True) if attends for _ in range(unet.layers)]
+        widths = [
+            c
+            for c, attends in zip(unet.channels, unet.attention, strict=True)
+            if attends
+            for _ in range(unet.layers)
+        ]
         if stream.fusion == "mid":
             widths = []
         self.blocks = nn.ModuleList(
-            TextStreamBlock(query_dim, width, unet.transformer_layers) for width in [*widths, unet.channels[-1]]
+            TextStreamBlock(query_dim, width, unet.transformer_layers)
+            for width in [*widths, unet.channels[-1]]
         )
         mid_size = latent_size // 2 ** (len(unet.channels) - 1)
         self.head = AlignmentHead(stream, query_dim, unet.channels[-1], mid_size**2)
@@ -78,14 +91,14 @@ class DualStreamUNet(nn.Module):
             t_z_B, t_e_B: embedded times in [0, 1000].
             c_BLD: token-wise condition.
             e_BE: (noisy) query.
-            query_seen_B: bool; where False no image token attends to the query, so the image stream is
-                exactly Stable Diffusion's.
+            query_seen_B: bool; where False no image token attends to the query, so the image stream
+                is exactly Stable Diffusion's.
         """
         u = self.unet
         time_BD = u.time_embedding(u.time_proj(t_z_B).to(z_BCHW.dtype))
         inject_BE = e_BE + self.query_time(t_e_B, e_BE.dtype)
         h_BE = torch.zeros_like(e_BE)
-        streams = iter(self.blocks)
+        streams: Iterator[Any] = iter(self.blocks)
 
         h = u.conv_in(z_BCHW)
         skips = [h]
@@ -95,13 +108,17 @@ class DualStreamUNet(nn.Module):
                 h = resnet(h, time_BD)
                 if attention is not None:
                     block = next(streams) if self.stream.fusion == "all" else None
-                    h, h_BE = self._transform(attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B)
+                    h, h_BE = self._transform(
+                        attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B
+                    )
                 skips.append(h)
             for downsampler in down.downsamplers or ():
                 h = downsampler(h)
                 skips.append(h)
         h = u.mid_block.resnets[0](h, time_BD)
-        h, h_BE = self._transform(u.mid_block.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B)
+        h, h_BE = self._transform(
+            u.mid_block.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B
+        )
         h = u.mid_block.resnets[1](h, time_BD)
         return Encoded(h, tuple(skips), time_BD, h_BE)
 
@@ -128,7 +145,8 @@ class DualStreamUNet(nn.Module):
         inject_BE: Tensor,
         query_seen_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """One transformer of the image stream (diffusers' Transformer2DModel) with the query in it (Fig. 3)."""
+        """One transformer of the image stream (diffusers' Transformer2DModel) with the query in it
+        (Fig. 3)."""
         batch, _, height, width = x_BCHW.shape
         x_BNC, _ = attention._operate_on_continuous_inputs(x_BCHW)
         if block is None:

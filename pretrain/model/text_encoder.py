@@ -1,6 +1,7 @@
 """Text to a token-wise condition c and one global query e (DiffDis, section 3: c = T(y), e).
 
-Parameters lie in leaf modules that return tensors: under ZeRO-3 each is then gathered by its own hook.
+Parameters lie in leaf modules that return tensors: under ZeRO-3 each is then gathered by its own
+hook.
 """
 
 import torch
@@ -32,12 +33,15 @@ class TextEncoderConfig(Config):
     @model_validator(mode="after")
     def _heads_divide(self) -> "TextEncoderConfig":
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}; change one of them")
+            raise ValueError(
+                f"width={self.width} is not a multiple of heads={self.heads}; change one of them"
+            )
         return self
 
 
 class TextEncoder(nn.Module):
-    """Bidirectional transformer; e is the L2-normalised projection of the end token's feature (as CLIP pools)."""
+    """Bidirectional transformer; e is the L2-normalised projection of the end token's feature (as
+    CLIP pools)."""
 
     def __init__(self, config: TextEncoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -60,7 +64,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor) -> TextFeatures:
         """Features of tokens; padding (mask False) is never attended to."""
-        h_BLD = self.token(tokens_BL) + self.position(torch.arange(tokens_BL.shape[1], device=tokens_BL.device))
+        h_BLD = self.token(tokens_BL) + self.position(
+            torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        )
         bias_B1L = torch.zeros(mask_BL.shape, dtype=h_BLD.dtype, device=h_BLD.device)
         bias_B1L = bias_B1L.masked_fill(~mask_BL, float("-inf"))[:, None]
         for block in self.blocks:

@@ -1,4 +1,5 @@
-"""The text stream: what DiffDis adds to Stable Diffusion's blocks (Fig. 3), and the alignment head."""
+"""The text stream: what DiffDis adds to Stable Diffusion's blocks (Fig. 3), and the alignment
+head."""
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -11,9 +12,12 @@ from pretrain.config import Config
 
 class TextStreamConfig(Config):
     """Attributes:
-    fusion: "all" lets the query join every encoder and mid transformer; "mid" the mid block alone (ablation).
-    skip: whether a block receives the block before's h_e (the cross-block skip of Fig. 3), or only e_t again.
-    head_layers, head_width, head_dim: the transformer after the mid block (the paper's review: 6, 768, 64).
+    fusion: "all" lets the query join every encoder and mid transformer; "mid" the mid block alone
+        (ablation).
+    skip: whether a block receives the block before's h_e (the cross-block skip of Fig. 3), or only
+        e_t again.
+    head_layers, head_width, head_dim: the transformer after the mid block (the paper's review: 6,
+        768, 64).
     """
 
     fusion: str = Field("all", pattern="^(all|mid)$")
@@ -37,23 +41,30 @@ class QueryTime(nn.Module):
 
 
 class TextStreamBlock(nn.Module):
-    """What one dual-stream block owns for the text token: FC_in, a feed-forward for each layer, FC_out.
+    """What one dual-stream block owns for the text token: FC_in, a feed-forward for each layer,
+    FC_out.
 
-    The self-attention and its norm are the image stream's own and shared; cross-attention is skipped.
+    The self-attention and its norm are the image stream's own and shared; cross-attention is
+    skipped.
     """
 
     def __init__(self, query_dim: int, width: int, layers: int) -> None:
         super().__init__()
         self.fc_in = nn.Linear(query_dim, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
-        self.feed_forwards = nn.ModuleList(FeedForward(width, activation_fn="geglu") for _ in range(layers))
+        self.feed_forwards = nn.ModuleList(
+            FeedForward(width, activation_fn="geglu") for _ in range(layers)
+        )
         self.fc_out = nn.Linear(width, query_dim)
 
 
 class AlignmentHead(nn.Module):
-    """M transformer blocks over [text token; flattened mid map], then a linear predictor on the text token."""
+    """M transformer blocks over [text token; flattened mid map], then a linear predictor on the
+    text token."""
 
-    def __init__(self, config: TextStreamConfig, query_dim: int, mid_channels: int, max_tokens: int) -> None:
+    def __init__(
+        self, config: TextStreamConfig, query_dim: int, mid_channels: int, max_tokens: int
+    ) -> None:
         super().__init__()
         width = config.head_width
         self.from_query = nn.Linear(query_dim, width)
@@ -61,7 +72,11 @@ class AlignmentHead(nn.Module):
         self.position = nn.Embedding(max_tokens + 1, width)
         self.blocks = nn.ModuleList(
             BasicTransformerBlock(
-                width, width // config.head_dim, config.head_dim, activation_fn="gelu", attention_bias=True
+                width,
+                width // config.head_dim,
+                config.head_dim,
+                activation_fn="gelu",
+                attention_bias=True,
             )
             for _ in range(config.head_layers)
         )

@@ -1,7 +1,9 @@
-"""The image stream: diffusers' own UNet2DConditionModel, so its parameter names and its initialisation.
+"""The image stream: diffusers' own UNet2DConditionModel, so its parameter names and its
+initialisation.
 
-Stable Diffusion's weights load into it and come out of it with no conversion table. Only its forward pass
-is ours (dual_stream.py), because a token of the text stream passes through its attention.
+Stable Diffusion's weights load into it and come out of it with no conversion table. Only its
+forward pass is ours (dual_stream.py), because a token of the text stream passes through its
+attention.
 """
 
 from typing import Any
@@ -37,23 +39,31 @@ class UNetConfig(Config):
     def _consistent(self) -> "UNetConfig":
         if len(self.channels) != len(self.attention):
             raise ValueError(
-                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; give one per level"
+                f"attention has {len(self.attention)} entries and channels {len(self.channels)}; "
+                "give one per level"
             )
         for width, attends in zip(self.channels, self.attention, strict=True):
             if width % self.norm_groups:
                 raise ValueError(
-                    f"channels={width} is not a multiple of norm_groups={self.norm_groups}; change one of them"
+                    f"channels={width} is not a multiple of norm_groups={self.norm_groups}; "
+                    "change one of them"
                 )
             if attends and width % self.head_dim:
-                raise ValueError(f"channels={width} is not a multiple of head_dim={self.head_dim}; change one of them")
+                raise ValueError(
+                    f"channels={width} is not a multiple of head_dim={self.head_dim}; change one "
+                    "of them"
+                )
         if self.channels[-1] % self.head_dim:
             raise ValueError(
-                f"channels[-1]={self.channels[-1]} is not a multiple of head_dim={self.head_dim} (the mid block attends)"
+                f"channels[-1]={self.channels[-1]} is not a multiple of head_dim={self.head_dim} "
+                "(the mid block attends)"
             )
         return self
 
 
-def diffusers_arguments(config: UNetConfig, latent_channels: int, condition_dim: int) -> dict[str, Any]:
+def diffusers_arguments(
+    config: UNetConfig, latent_channels: int, condition_dim: int
+) -> dict[str, Any]:
     """The arguments of `UNet2DConditionModel` that ``config`` stands for."""
     down = [("CrossAttnDownBlock2D" if a else "DownBlock2D") for a in config.attention]
     up = [("CrossAttnUpBlock2D" if a else "UpBlock2D") for a in reversed(config.attention)]
@@ -65,7 +75,8 @@ def diffusers_arguments(config: UNetConfig, latent_channels: int, condition_dim:
         "up_block_types": tuple(up),
         "layers_per_block": config.layers,
         "cross_attention_dim": condition_dim,
-        # diffusers' `attention_head_dim` is in truth the number of heads (kept so for SD 1.x's files).
+        # diffusers' `attention_head_dim` is in truth the number of heads (kept so for SD 1.x's
+        # files).
         "attention_head_dim": tuple(max(1, c // config.head_dim) for c in config.channels),
         "transformer_layers_per_block": config.transformer_layers,
         "norm_num_groups": config.norm_groups,
@@ -73,6 +84,8 @@ def diffusers_arguments(config: UNetConfig, latent_channels: int, condition_dim:
     }
 
 
-def build_unet(config: UNetConfig, latent_channels: int, condition_dim: int) -> UNet2DConditionModel:
+def build_unet(
+    config: UNetConfig, latent_channels: int, condition_dim: int
+) -> UNet2DConditionModel:
     """A freshly initialised image stream."""
     return UNet2DConditionModel(**diffusers_arguments(config, latent_channels, condition_dim))

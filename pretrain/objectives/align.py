@@ -1,7 +1,9 @@
-"""L_ITA, image–text alignment (DiffDis Eq. 8): ê_0, denoised from the image, must match its own caption's query.
+"""L_ITA, image–text alignment (DiffDis Eq. 8): ê_0, denoised from the image, must match its own
+caption's query.
 
-InfoNCE in both directions over the global batch. The learnable logit scale and the normalisation of ê_0 are
-CLIP's; Eq. 8 as printed has neither, and on cosines in [-1, 1] it is nearly flat without a scale.
+InfoNCE in both directions over the global batch. The learnable logit scale and the normalisation of
+ê_0 are CLIP's; Eq. 8 as printed has neither, and on cosines in [-1, 1] it is nearly flat without a
+scale.
 """
 
 import math
@@ -43,7 +45,8 @@ class LogitScale(nn.Module):
 
 
 class Align(Objective):
-    """Symmetric InfoNCE between ê_0 of this rank's images and e of every rank's captions, and back."""
+    """Symmetric InfoNCE between ê_0 of this rank's images and e of every rank's captions, and
+    back."""
 
     reads: ClassVar[frozenset[Half]] = frozenset({"alignment"})
 
@@ -57,7 +60,8 @@ class Align(Objective):
         assert e0_hat_BE is not None
         e0_hat_BE = F.normalize(e0_hat_BE.float(), dim=-1) if self.normalize else e0_hat_BE.float()
         scale = self.logit_scale()
-        # Rows of this rank against columns of all ranks; the gathered side carries gradient to its owner.
+        # Rows of this rank against columns of all ranks; the gathered side carries gradient to its
+        # owner.
         by_image = scale * e0_hat_BE @ comm.all_gather_with_grad(e_BE).T
         by_text = scale * e_BE @ comm.all_gather_with_grad(e0_hat_BE).T
         own = torch.arange(len(e_BE), device=e_BE.device) + comm.rank() * len(e_BE)

@@ -1,4 +1,5 @@
-"""The seam: a method of a paper is one file in this folder, a module from what the trunk said to a loss."""
+"""The seam: a method of a paper is one file in this folder, a module from what the trunk said to a
+loss."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -17,7 +18,8 @@ class ObjectiveConfig(Config):
     """Fields that every objective has; each file's own ``Settings`` adds to them.
 
     Attributes:
-        weight: factor of the term in the sum (DiffDis Eq. 9: 1 for L_IG and lambda for L_ITA). 0 leaves the
+        weight: factor of the term in the sum (DiffDis Eq. 9: 1 for L_IG and lambda for L_ITA). 0
+            leaves the
             objective out altogether: its modules are not built.
     """
 
@@ -26,7 +28,8 @@ class ObjectiveConfig(Config):
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may read: the batch, what was noised, the trunk's outputs, and the model itself."""
+    """What an objective may read: the batch, what was noised, the trunk's outputs, and the model
+    itself."""
 
     batch: Batch
     noised: Noised
@@ -35,16 +38,19 @@ class Context:
 
 
 class Objective(nn.Module):
-    """Base of objectives. A file defines ``Settings`` (an `ObjectiveConfig`) and ``build(settings, model)``.
+    """Base of objectives. A file defines ``Settings`` (an `ObjectiveConfig`) and ``build(settings,
+    model)``.
 
-    An objective may own parameters; they lie in leaf modules, of shape (1,) or more, never 0-dimensional,
-    so that ZeRO-3 can partition them. It calls the same modules on every rank at every step.
+    An objective may own parameters; they lie in leaf modules, of shape (1,) or more, never
+    0-dimensional, so that ZeRO-3 can partition them. It calls the same modules on every rank at
+    every step.
     """
 
     reads: ClassVar[frozenset[Half]] = frozenset()
 
     def forward(self, context: Context) -> LossTerm:
-        """The term for this micro-batch: an fp32 scalar whose mean over ranks is the global mean."""
+        """The term for this micro-batch: an fp32 scalar whose mean over ranks is the global
+        mean."""
         raise NotImplementedError
 
 

@@ -1,4 +1,5 @@
-"""Plain denoising of the text query: the mean square error of ê_0, in place of contrast (an ablation)."""
+"""Plain denoising of the text query: the mean square error of ê_0, in place of contrast (an
+ablation)."""
 
 from typing import ClassVar
 
@@ -14,9 +15,11 @@ class Settings(ObjectiveConfig):
 
 
 class DenoiseText(Objective):
-    """|ê_0 - e_0|^2, summed over the query's coordinates (e_0 has unit norm), averaged over samples.
+    """|ê_0 - e_0|^2, summed over the query's coordinates (e_0 has unit norm), averaged over
+    samples.
 
-    e_0 is a fixed target: with a text encoder in training the loss could otherwise be had by collapse.
+    e_0 is a fixed target: with a text encoder in training the loss could otherwise be had by
+        collapse.
     """
 
     reads: ClassVar[frozenset[Half]] = frozenset({"alignment"})

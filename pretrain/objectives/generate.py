@@ -1,4 +1,5 @@
-"""L_IG, image generation from text (DiffDis Eq. 4): the image stream denoises z_t given the caption."""
+"""L_IG, image generation from text (DiffDis Eq. 4): the image stream denoises z_t given the
+caption."""
 
 from typing import ClassVar
 

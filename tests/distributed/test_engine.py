@@ -11,8 +11,9 @@ pytestmark = pytest.mark.distributed
 
 STEPS, GLOBAL_BATCH, LR = 5, 8, 1e-3
 OBJECTIVES = {"generate": {}, "align": {}}
-# The key biases of an attention have a gradient of exactly zero (softmax ignores a shift): what is computed is rounding,
-# ~1e-9, which AdamW with its usual eps of 1e-8 blows up to a step of lr. This eps keeps rounding small beside it.
+# The key biases of an attention have a gradient of exactly zero (softmax ignores a shift): what is
+# computed is rounding, ~1e-9, which AdamW with its usual eps of 1e-8 blows up to a step of lr. This
+# eps keeps rounding small beside it.
 OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-5)
 
 
@@ -23,7 +24,11 @@ def train_with_engine(stage: int, precision: str, micro_batch: int, persist: int
 
     init_distributed()
     config = EngineConfig(
-        zero_stage=stage, precision=precision, micro_batch=micro_batch, persist_parameters=persist, clip_norm=1.0
+        zero_stage=stage,
+        precision=precision,
+        micro_batch=micro_batch,
+        persist_parameters=persist,
+        clip_norm=1.0,
     )
     engine = Engine(tiny.task(OBJECTIVES), config, OPTIMIZER, GLOBAL_BATCH)
     mine = GLOBAL_BATCH // comm.world_size()
@@ -54,7 +59,12 @@ def train_plainly() -> dict:
 
 def difference(a: dict, b: dict) -> tuple[float, float]:
     """Largest difference of a loss, and of a weight."""
-    loss = max(abs(x[k] - y[k]) for x, y in zip(a["losses"], b["losses"], strict=True) for k in x if k.endswith("loss"))
+    loss = max(
+        abs(x[k] - y[k])
+        for x, y in zip(a["losses"], b["losses"], strict=True)
+        for k in x
+        if k.endswith("loss")
+    )
     assert a["state"].keys() == b["state"].keys()
     return loss, max((a["state"][n] - b["state"][n]).abs().max().item() for n in a["state"])
 
@@ -74,7 +84,8 @@ def two_ranks() -> list[dict]:
     return ranks.run(f"{__name__}:train_with_engine", 2, 3, "fp32", 4, 1000)
 
 
-# Measured on CPU: see docs/RESULTS.md; the tolerances leave an order of magnitude for other machines.
+# Measured on CPU: see docs/RESULTS.md; the tolerances leave an order of magnitude for other
+# machines.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 
@@ -134,7 +145,10 @@ def contrast(share: int) -> dict:
                 torch.distributed.all_reduce(gradient)
                 gradient /= comm.world_size()
             gradients[name] = gradient
-    return {"loss": comm.mean_over_ranks({"loss": float(output.loss)})["loss"], "gradients": gradients}
+    return {
+        "loss": comm.mean_over_ranks({"loss": float(output.loss)})["loss"],
+        "gradients": gradients,
+    }
 
 
 def test_contrast_of_two_ranks_of_four_equals_one_of_eight():
@@ -143,7 +157,9 @@ def test_contrast_of_two_ranks_of_four_equals_one_of_eight():
         assert abs(two["loss"] - one["loss"]) < 1e-6
         assert two["gradients"].keys() == one["gradients"].keys() and len(one["gradients"]) > 20
         largest = max(g.abs().max().item() for g in one["gradients"].values())
-        worst = max((two["gradients"][n] - g).abs().max().item() for n, g in one["gradients"].items())
+        worst = max(
+            (two["gradients"][n] - g).abs().max().item() for n, g in one["gradients"].items()
+        )
         print(f"measured: largest gradient {largest:.2e}, largest difference {worst:.2e}")
         assert worst < 1e-5 * max(largest, 1)
 
@@ -156,11 +172,17 @@ def refuse_one() -> dict:
     from pretrain.engine import init_distributed
 
     init_distributed()
-    engine = Engine(tiny.task(OBJECTIVES), EngineConfig(micro_batch=4, persist_parameters=0), OPTIMIZER, 8)
+    engine = Engine(
+        tiny.task(OBJECTIVES), EngineConfig(micro_batch=4, persist_parameters=0), OPTIMIZER, 8
+    )
     good = tiny.batch(4, start=4 * comm.rank())
     engine.step(good, LR)
     before = engine.gather()
-    bad = dataclasses.replace(good, images_BCHW=good.images_BCHW * float("nan")) if comm.rank() == 1 else good
+    bad = (
+        dataclasses.replace(good, images_BCHW=good.images_BCHW * float("nan"))
+        if comm.rank() == 1
+        else good
+    )
     refused = engine.step(bad, LR) is None
     kept = all(torch.equal(before[n], p) for n, p in engine.gather().items())
     after = engine.step(good, LR)

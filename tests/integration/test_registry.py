@@ -83,10 +83,11 @@ def uri(run: Path) -> str:
 @pytest.fixture(scope="module")
 def registered(exported: Path, run: Path, uri: str) -> Registered:
     run_id = tracking.recorded_run(str(run)).run_id
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     made = registry.register(
         exported, name="diffdis-emoji", uri=uri, run_id=run_id, tags={"preset": "debug"}
     )
-    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before  # MLflow's global settings are put back
     return made
 
 

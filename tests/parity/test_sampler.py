@@ -8,7 +8,9 @@ from pretrain.diffusion.path import StreamConfig, build_path
 from pretrain.diffusion.sampler import sample, start
 from pretrain.diffusion.schedule import EDMConfig, ScaledLinearConfig
 
-SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+SD = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+)
 
 
 def network(z, k):
@@ -49,7 +51,11 @@ def test_alphas_equal_diffusers():
 def test_ddim_equals_diffusers(steps):
     eps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = diffusers.DDIMScheduler(
-        **SD, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, prediction_type="epsilon"
+        **SD,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        prediction_type="epsilon",
     )
     expected = theirs(scheduler, steps, eps)
     assert torch.allclose(ours("ddim", steps, eps), expected, atol=1e-4, rtol=1e-4)
@@ -59,8 +65,13 @@ def test_ddim_equals_diffusers(steps):
 def test_dpmpp_equals_diffusers(steps):
     eps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        **SD, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero",
-        lower_order_final=True, euler_at_final=False,
+        **SD,
+        timestep_spacing="trailing",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+        euler_at_final=False,
     )
     expected = theirs(scheduler, steps, eps)
     assert torch.allclose(ours("dpmpp_2m", steps, eps), expected, atol=2e-4, rtol=2e-4)
@@ -80,14 +91,19 @@ def test_edm_grid_equals_diffusers():
     ("stream", "method", "ratio"),
     [
         (StreamConfig(schedule=EDMConfig(), predict="edm"), "heun", 0.3),  # second order: 1/4
-        (StreamConfig(schedule=EDMConfig(), predict="edm"), "ddim", 0.6),  # first order: 1/2 in the limit
+        (
+            StreamConfig(schedule=EDMConfig(), predict="edm"),
+            "ddim",
+            0.6,
+        ),  # first order: 1/2 in the limit
         (StreamConfig(), "ddim", 0.6),
         (StreamConfig(), "dpmpp_2m", 0.6),  # its last step, to clean data, is first order
         (StreamConfig(gamma=0.3, predict="x0"), "ddim", 0.6),
     ],
 )
 def test_samplers_converge_to_the_exact_flow_of_a_gaussian(stream, method, ratio):
-    """For x_0 ~ N(mu, s^2) the probability-flow ODE has a closed form: x_0 = mu + s (z_T - a mu) / sqrt(a^2 s^2 + b^2).
+    """For x_0 ~ N(mu, s^2) the probability-flow ODE has a closed form: x_0 = mu + s (z_T - a mu) /
+    sqrt(a^2 s^2 + b^2).
 
     Twice the steps must divide the error by what the sampler's order says.
     """

@@ -8,15 +8,23 @@ from pretrain.model.dual_stream import DualStreamUNet
 from pretrain.model.text_stream import TextStreamConfig
 from pretrain.model.unet import UNetConfig, diffusers_arguments
 
-# Measured: at most 4.8e-7 on outputs of size ~1 in fp32. The query's key is masked, so the softmax is the same
-# sum in another order; everything else is the same arithmetic.
+# Measured: at most 4.8e-7 on outputs of size ~1 in fp32. The query's key is masked, so the softmax
+# is the same sum in another order; everything else is the same arithmetic.
 TOLERANCE = 2e-6
 
 SHAPES = {
-    "sd1-like": UNetConfig(channels=(32, 64, 64, 64), attention=(True, True, True, False), layers=2, head_dim=16),
-    "linear-projection": UNetConfig(channels=(32, 64), attention=(True, True), head_dim=32, linear_projection=True),
-    "deep": UNetConfig(channels=(32, 64), attention=(False, True), head_dim=16, transformer_layers=2),
-    "quickstart-like": UNetConfig(channels=(16, 32, 64), attention=(False, True, True), head_dim=16, norm_groups=8),
+    "sd1-like": UNetConfig(
+        channels=(32, 64, 64, 64), attention=(True, True, True, False), layers=2, head_dim=16
+    ),
+    "linear-projection": UNetConfig(
+        channels=(32, 64), attention=(True, True), head_dim=32, linear_projection=True
+    ),
+    "deep": UNetConfig(
+        channels=(32, 64), attention=(False, True), head_dim=16, transformer_layers=2
+    ),
+    "quickstart-like": UNetConfig(
+        channels=(16, 32, 64), attention=(False, True, True), head_dim=16, norm_groups=8
+    ),
 }
 
 
@@ -51,7 +59,8 @@ def test_outputs_equal_diffusers(name, fusion):
 
 @torch.no_grad()
 def test_a_seen_query_does_change_the_image_stream():
-    """The mask is what keeps the streams apart, so without it they must differ: the test above can fail."""
+    """The mask is what keeps the streams apart, so without it they must differ: the test above can
+    fail."""
     reference, ours = both(SHAPES["sd1-like"])
     z, t, c, e = inputs()
     encoded = ours.encode(z, t, c, e, torch.zeros(3), torch.ones(3, dtype=torch.bool))
@@ -64,6 +73,8 @@ def test_gradients_equal_diffusers():
     reference(z, t, c).sample.square().mean().backward()
     encoded = ours.encode(z, t, c, e, torch.zeros(3), torch.zeros(3, dtype=torch.bool))
     ours.decode(encoded, c).square().mean().backward()
-    for (name, theirs), mine in zip(reference.named_parameters(), ours.unet.parameters(), strict=True):
+    for (name, theirs), mine in zip(
+        reference.named_parameters(), ours.unet.parameters(), strict=True
+    ):
         scale = theirs.grad.abs().max().clamp(min=1e-4)
         assert ((mine.grad - theirs.grad).abs().max() / scale) < 1e-4, name

@@ -1,4 +1,5 @@
-"""Real processes that form a process group: run a function of a test module on N ranks, get what each returns."""
+"""Real processes that form a process group: run a function of a test module on N ranks, get what
+each returns."""
 
 import importlib
 import json
@@ -40,8 +41,17 @@ def run(function: str, ranks: int, *arguments: Any, timeout: float = 240) -> lis
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
             }
-            command = [sys.executable, "-m", "tests.support.ranks", function, json.dumps(arguments), f"{folder}/{rank}"]
-            processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
+            command = [
+                sys.executable,
+                "-m",
+                "tests.support.ranks",
+                function,
+                json.dumps(arguments),
+                f"{folder}/{rank}",
+            ]
+            processes.append(
+                subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+            )
         try:
             codes = [p.wait(timeout) for p in processes]
         except subprocess.TimeoutExpired:
@@ -51,7 +61,9 @@ def run(function: str, ranks: int, *arguments: Any, timeout: float = 240) -> lis
                 p.kill()
                 p.wait()
         if any(codes) or None in codes:
-            logs = [Path(f"{folder}/{r}.log").read_text(errors="replace")[-3000:] for r in range(ranks)]
+            logs = [
+                Path(f"{folder}/{r}.log").read_text(errors="replace")[-3000:] for r in range(ranks)
+            ]
             raise AssertionError(f"ranks ended with {codes}\n" + "\n--- next rank ---\n".join(logs))
         return [pickle.loads(Path(f"{folder}/{r}").read_bytes()) for r in range(ranks)]
 

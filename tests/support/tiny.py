@@ -30,7 +30,9 @@ def model(seed: int = 0, **changes) -> DiffDis:
     return DiffDis(model_config(**changes), VOCABULARY, null_tokens, null_tokens != 0)
 
 
-def task(objectives: dict, seed: int = 0, config: TaskConfig | None = None, **changes) -> PretrainTask:
+def task(
+    objectives: dict, seed: int = 0, config: TaskConfig | None = None, **changes
+) -> PretrainTask:
     """A tiny task with these objectives."""
     net = model(seed, **changes)
     return PretrainTask(net, check_objectives(objectives), config or TaskConfig(), seed)
@@ -42,7 +44,9 @@ def batch(n: int, start: int = 0) -> Batch:
     for k in range(start, start + n):
         g = torch.Generator().manual_seed(k)
         images.append(torch.rand(3, SIZE, SIZE, generator=g) * 2 - 1)
-        words = torch.randint(4, VOCABULARY, (int(torch.randint(1, LENGTH - 2, (1,), generator=g)),), generator=g)
+        words = torch.randint(
+            4, VOCABULARY, (int(torch.randint(1, LENGTH - 2, (1,), generator=g)),), generator=g
+        )
         ids = torch.cat([torch.tensor([2]), words, torch.tensor([3])])
         tokens.append(torch.nn.functional.pad(ids, (0, LENGTH - len(ids))))
     tokens_BL = torch.stack(tokens)

@@ -33,7 +33,9 @@ def test_the_condition_changes_nothing_in_the_alignment_half(parts):
 def test_the_query_changes_nothing_in_the_generation_half(parts):
     task, _, noised, output = parts
     changed = task.model(
-        dataclasses.replace(noised, e_t_BE=torch.randn_like(noised.e_t_BE) * 5, t_e_B=noised.t_e_B * 0 + 1)
+        dataclasses.replace(
+            noised, e_t_BE=torch.randn_like(noised.e_t_BE) * 5, t_e_B=noised.t_e_B * 0 + 1
+        )
     )
     assert torch.equal(changed.f_z_BCHW, output.f_z_BCHW)
     assert not torch.allclose(changed.e0_hat_BE, output.e0_hat_BE)
@@ -42,7 +44,9 @@ def test_the_query_changes_nothing_in_the_generation_half(parts):
 @torch.no_grad()
 def test_the_noisy_image_changes_nothing_in_the_alignment_half(parts):
     task, _, noised, output = parts
-    changed = task.model(dataclasses.replace(noised, z_t_BCHW=noised.z_t_BCHW * 3, t_z_B=noised.t_z_B * 0 + 9))
+    changed = task.model(
+        dataclasses.replace(noised, z_t_BCHW=noised.z_t_BCHW * 3, t_z_B=noised.t_z_B * 0 + 9)
+    )
     assert torch.equal(changed.e0_hat_BE, output.e0_hat_BE)
 
 
@@ -50,9 +54,12 @@ def test_the_noisy_image_changes_nothing_in_the_alignment_half(parts):
 def test_captions_reach_the_alignment_half_through_the_noisy_query_alone(parts):
     """The tokens of another caption, under the same e_t: the alignment half must not notice."""
     task, batch, noised, output = parts
-    other = dataclasses.replace(batch, tokens_BL=batch.tokens_BL.flip(0), mask_BL=batch.mask_BL.flip(0))
+    other = dataclasses.replace(
+        batch, tokens_BL=batch.tokens_BL.flip(0), mask_BL=batch.mask_BL.flip(0)
+    )
     renoised = dataclasses.replace(task.noise(other), e_t_BE=noised.e_t_BE)
-    # The null prompt is encoded in the same batch; equal to the bit only if nothing leaks across rows.
+    # The null prompt is encoded in the same batch; equal to the bit only if nothing leaks across
+    # rows.
     assert torch.allclose(task.model(renoised).e0_hat_BE, output.e0_hat_BE, atol=1e-6)
 
 
@@ -62,7 +69,8 @@ def test_each_half_alone_equals_the_stacked_pass(parts):
     generation = task.model(noised, generation=True, alignment=False)
     alignment = task.model(noised, generation=False, alignment=True)
     assert generation.e0_hat_BE is None and alignment.f_z_BCHW is None
-    # Stacking changes the shapes that matmul and convolution block over: equal to fp32 rounding, not to the bit.
+    # Stacking changes the shapes that matmul and convolution block over: equal to fp32 rounding,
+    # not to the bit.
     assert torch.allclose(generation.f_z_BCHW, output.f_z_BCHW, atol=1e-5)
     assert torch.allclose(alignment.e0_hat_BE, output.e0_hat_BE, atol=1e-5)
 
@@ -90,7 +98,9 @@ def test_drop_rates():
     no_caption = (noised.c_BLD == noised.null_c_BLD).flatten(1).all(1).float().mean()
     no_image = (noised.z_BCHW == 0).flatten(1).all(1).float().mean()
     assert 0.18 < no_caption < 0.32 and 0.42 < no_image < 0.58
-    assert not (noised.x0_z_BCHW == 0).flatten(1).all(1).any(), "the generation half keeps its image"
+    assert not (noised.x0_z_BCHW == 0).flatten(1).all(1).any(), (
+        "the generation half keeps its image"
+    )
 
 
 def test_no_gradient_flows_into_the_query_that_is_noised():
@@ -108,7 +118,8 @@ def test_every_parameter_of_the_run_gets_a_gradient():
 
 
 def test_every_parameter_lies_in_a_module_that_returns_a_tensor():
-    """ZeRO-3 gathers a module's own parameters for the backward pass by a hook on the tensors it returns."""
+    """ZeRO-3 gathers a module's own parameters for the backward pass by a hook on the tensors it
+    returns."""
     task, owners = tiny.task(BOTH), set()
 
     def hook(name):
@@ -123,7 +134,9 @@ def test_every_parameter_lies_in_a_module_that_returns_a_tensor():
         task.get_submodule(name).register_forward_hook(hook(name))
     task(tiny.batch(2))
     assert owners == expected, "a module's parameters are used without calling it"
-    assert all(p.ndim > 0 for p in task.parameters()), "DeepSpeed cannot broadcast 0-dimensional parameters"
+    assert all(p.ndim > 0 for p in task.parameters()), (
+        "DeepSpeed cannot broadcast 0-dimensional parameters"
+    )
 
 
 def test_weights_and_metrics():

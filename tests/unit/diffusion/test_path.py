@@ -41,7 +41,8 @@ def test_the_target_of_eps_is_the_noise_and_of_v_is_v():
 
 
 def test_edm_loss_is_the_papers_weighted_denoising_loss():
-    """Karras et al. 2022, Eq. 8: (s^2 + d^2) / (s d)^2 |D - x_0|^2 equals the MSE in the network's output."""
+    """Karras et al. 2022, Eq. 8: (s^2 + d^2) / (s d)^2 |D - x_0|^2 equals the MSE in the network's
+    output."""
     path, x0, _, t, z_t = draw(STREAMS["edm"])
     f = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
     d, s = 0.5, t[:, None]
@@ -79,7 +80,8 @@ def test_edm_times_are_log_normal():
 
 
 @pytest.mark.parametrize(
-    "stream", [StreamConfig(predict="v", gamma=0.5), StreamConfig(predict="eps", schedule=EDMConfig())]
+    "stream",
+    [StreamConfig(predict="v", gamma=0.5), StreamConfig(predict="eps", schedule=EDMConfig())],
 )
 def test_a_pair_that_does_not_go_together_is_refused(stream):
     with pytest.raises(ConfigError, match="predict="):
