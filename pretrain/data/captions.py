@@ -9,12 +9,54 @@ _SPELT_WITHOUT_VOWEL_SOUNDED_WITH = ("hour", "herb", "heir", "honest", "x-ray")
 
 # Names that take no article: masses, activities, adjectives, proper names.
 _BARE = frozenset(
-    (
-        "arts bacon badminton bowling bread butter camping construction cooking coral cream dna "
-        "falafel fire flatbread fog foggy food garlic hockey ice lacrosse liquid locked luggage mate meat "
-        "money oden pong popcorn rail rice root sake salt soap spaghetti sushi tea tennis thread unlocked "
-        "voltage wood yarn "
-    ).split()
+    {
+        "arts",
+        "bacon",
+        "badminton",
+        "bowling",
+        "bread",
+        "butter",
+        "camping",
+        "construction",
+        "cooking",
+        "coral",
+        "cream",
+        "dna",
+        "falafel",
+        "fire",
+        "flatbread",
+        "fog",
+        "foggy",
+        "food",
+        "garlic",
+        "hockey",
+        "ice",
+        "lacrosse",
+        "liquid",
+        "locked",
+        "luggage",
+        "mate",
+        "meat",
+        "money",
+        "oden",
+        "pong",
+        "popcorn",
+        "rail",
+        "rice",
+        "root",
+        "sake",
+        "salt",
+        "soap",
+        "spaghetti",
+        "sushi",
+        "tea",
+        "tennis",
+        "thread",
+        "unlocked",
+        "voltage",
+        "wood",
+        "yarn",
+    }
 )
 _PROPER = ("mount fuji", "statue of liberty", "tokyo tower", "milky way")
 _HEAD_ENDS = re.compile(

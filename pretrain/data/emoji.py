@@ -4,7 +4,6 @@ The drawings come from three npm packages of SVG icons, the names from a fourth;
 version and SHA-256. The rebuild is byte-identical with the pinned resvg-py, pillow and zlib.
 """
 
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -210,8 +209,9 @@ def render(svg: str, size: int) -> bytes:
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
+    rgb = Image.new("RGB", (size, size), "white")  # no palette: quantising to one tints the white
     with Image.open(io.BytesIO(bytes(drawn))) as image:
-        rgb = image.convert("RGB")  # no palette: quantising one tints the white background
+        rgb.paste(image.convert("RGB"), ((size - image.width) // 2, (size - image.height) // 2))
     stream = io.BytesIO()
     rgb.save(stream, "PNG", optimize=True)
     return stream.getvalue()
@@ -291,11 +291,6 @@ def notice(cache: Path) -> str:
         assert text is not None
         lines.append(text.read().decode().strip())
     return "\n".join(lines) + "\n"
-
-
-def describe(drawing: Drawing) -> dict[str, Any]:
-    """The drawing's fields, without its SVG."""
-    return {k: v for k, v in dataclasses.asdict(drawing).items() if k != "svg"}
 
 
 def _split(hexcode: str, vendor: Vendor, vendors: Sequence[Vendor]) -> str:

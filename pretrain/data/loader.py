@@ -4,6 +4,7 @@ A worker makes a whole batch, so the number of workers cannot change the order. 
 state is the number of the next sample.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,7 +173,7 @@ class Loader:
             # Forked from a training process, a child can inherit a lock that no thread will ever
             # release.
             multiprocessing_context="forkserver" if workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in batches:
@@ -190,5 +191,8 @@ class Loader:
         self.next_sample = int(state["next_sample"])
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # A scheduler signals the whole process group; the rank decides when its workers end.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

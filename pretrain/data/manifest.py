@@ -3,6 +3,7 @@ over it."""
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -96,7 +97,15 @@ def build(urls: Sequence[str], folder: str) -> Manifest:
         except FileNotFoundError:
             raise DataError(f"shard={url!r} does not exist; check the path") from None
         samples, _ = read_shard(url, data)
-        prefix = folder.rstrip("/") + "/"
-        name = url.removeprefix(prefix) if url.startswith(prefix) else url
+        name = _relative(url, folder)
         shards.append(Shard(name, len(samples), len(data), storage.sha256_bytes(data)))
     return Manifest(tuple(shards), folder)
+
+
+def _relative(url: str, folder: str) -> str:
+    """``url`` as seen from ``folder``: relative if it lies below it, else absolute."""
+    if "://" in url or "://" in folder:
+        local = "://" not in url
+        return os.path.abspath(url) if local else url.removeprefix(folder.rstrip("/") + "/")
+    path = os.path.relpath(url, folder)
+    return os.path.abspath(url) if path.startswith("..") else path

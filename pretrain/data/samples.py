@@ -16,6 +16,8 @@ from pretrain.data.shards import RawSample
 from pretrain.rng import derive_seed
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Named, so that a file called .png cannot reach another decoder (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP")
 Reason = Literal[
     "no image",
     "no caption",
@@ -58,7 +60,7 @@ def decode(raw: RawSample, bounds: Bounds) -> tuple[Image.Image, list[str]]:
         with warnings.catch_warnings():
             # Our own bound is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded))
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             if image.width * image.height > bounds.max_pixels:
                 raise Refused("too many pixels")
             image.load()

@@ -1,0 +1,232 @@
+"""Batches: the same samples in the same order for any ranks, workers, stops and damage."""
+
+import itertools
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain import config as configs
+from pretrain.data.evalset import load_labelled
+from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.manifest import Manifest
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import ConfigError, DataError
+from pretrain.types import Batch
+from tests.unit.data.conftest import Member, good, index, png, write_tar
+
+
+@pytest.fixture
+def make(corpus: Callable[..., str], small_tokenizer: str) -> Callable[..., Loader]:
+    """``make(manifest, batch, rank, world, start, **data)``."""
+
+    def loader(
+        url: str, batch: int, rank: int = 0, world: int = 1, start: int = 0, **data: object
+    ) -> Loader:
+        settings_ = {"workers": 0, "size": 8, "tokens": 8, "shuffle_shards": 2, **data}
+        config = configs.build(
+            DataConfig, {"train": url, "tokenizer": small_tokenizer, **settings_}
+        )
+        return Loader(config, Tokenizer(small_tokenizer), 5, batch, rank, world, start)
+
+    return loader
+
+
+def take(loader: Loader, steps: int) -> list[Batch]:
+    return list(itertools.islice(iter(loader), steps))
+
+
+def rows(batches: list[Batch]) -> list[tuple[int, str, str, float, int]]:
+    """What identifies each sample as trained on: number, key, caption, pixels and tokens."""
+    return [
+        (
+            int(n),
+            key,
+            caption,
+            float(x.double().sum()),
+            int((t * torch.arange(1, len(t) + 1)).sum()),
+        )
+        for b in batches
+        for n, key, caption, x, t in zip(
+            b.positions_B, b.keys, b.captions, b.images_BCHW, b.tokens_BL, strict=True
+        )
+    ]
+
+
+def test_a_batch_keeps_its_contract(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    (batch,) = take(make(corpus([5, 4]), 4), 1)
+    assert batch.images_BCHW.shape == (4, 3, 8, 8) and batch.images_BCHW.dtype == torch.float32
+    assert float(batch.images_BCHW.abs().max()) <= 1
+    assert batch.tokens_BL.shape == (4, 8) and batch.mask_BL.dtype == torch.bool
+    assert batch.positions_B.tolist() == [0, 1, 2, 3]
+    assert len(batch.keys) == len(batch.captions) == 4 and batch.rejects == ()
+
+
+def test_an_epoch_is_each_sample_once_and_the_next_in_another_order(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    loader = make(corpus([5, 4, 7]), 4)
+    assert loader.num_samples == 16
+    keys = [key for batch in take(loader, 8) for key in batch.keys]
+    assert Counter(keys[:16]) == Counter(keys[16:]) and len(set(keys)) == 16
+    assert keys[:16] != keys[16:]
+
+
+def test_a_batch_may_cross_the_end_of_an_epoch(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    url = corpus([3, 2])
+    by_four = [r for r in rows(take(make(url, 4), 5))]
+    by_five = [r for r in rows(take(make(url, 5), 4))]
+    assert by_four == by_five
+
+
+@given(st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2), (6, 2)]), st.integers(0, 40))
+@settings(max_examples=12, deadline=None)
+def test_ranks_joined_are_the_single_rank(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_tokenizer: str,
+    shape: tuple[int, int],
+    start: int,
+) -> None:
+    world, _ = shape
+    folder = tmp_path_factory.mktemp("ranks")
+    url = index(
+        folder,
+        [
+            write_tar(folder / f"{s}.tar", [m for i in range(n) for m in good(f"s{s}-{i}")])
+            for s, n in enumerate([5, 1, 7])
+        ],
+    )
+    config = DataConfig(
+        train=url,
+        tokenizer=small_tokenizer,
+        size=8,
+        tokens=8,
+        workers=0,
+        shuffle_shards=2,
+        flip=0.5,
+    )
+    tokenizer = Tokenizer(small_tokenizer)
+
+    def of(rank: int, ranks: int) -> list[Batch]:
+        return take(Loader(config, tokenizer, 5, 12, rank, ranks, start), 3)
+
+    alone = rows(of(0, 1))
+    per_rank = [of(rank, world) for rank in range(world)]
+    assert [r for step in zip(*per_rank, strict=True) for r in rows(list(step))] == alone
+
+
+def test_workers_change_nothing(corpus: Callable[..., str], make: Callable[..., Loader]) -> None:
+    url = corpus([5, 4, 7])
+    changes = {"flip": 0.5, "jitter": 0.2}
+    expected = take(make(url, 4, **changes), 9)
+    for workers in (1, 2):
+        found = take(make(url, 4, workers=workers, **changes), 9)
+        assert rows(found) == rows(expected)
+        assert all(
+            torch.equal(a.images_BCHW, b.images_BCHW) for a, b in zip(found, expected, strict=True)
+        )
+
+
+def test_a_stop_loses_and_repeats_nothing_though_workers_read_ahead(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    url = corpus([5, 4, 7])
+    whole = rows(take(make(url, 4), 10))
+    first = make(url, 4, workers=2)
+    before = rows(take(first, 3))
+    state = first.state_dict()
+    assert state == {"next_sample": 12}
+    # Go on with other ranks and another batch, as an elastic resume does.
+    parts = [make(url, 2, rank=r, world=2) for r in range(2)]
+    for part in parts:
+        part.load_state_dict(state)
+    after = [
+        r for step in zip(*(take(p, 14) for p in parts), strict=True) for r in rows(list(step))
+    ]
+    assert before + after == whole
+
+
+def test_bad_samples_are_replaced_counted_once_and_never_used(
+    tmp_path: Path, make: Callable[..., Loader]
+) -> None:
+    symlink = tarfile.TarInfo("link.png")
+    symlink.type, symlink.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    bad: list[Member] = [
+        ("half.png", png(size=(60, 60))[:60]),
+        ("half.txt", b"half"),
+        ("zero.png", b""),
+        ("zero.txt", b"zero"),
+        ("mute.png", png()),
+    ]
+    members = [m for i in range(6) for m in good(f"g{i}")]
+    url = index(tmp_path, [write_tar(tmp_path / "0.tar", [*members, *bad, symlink])])
+    loader = make(url, 3)
+    assert loader.num_samples == 9
+    batches = take(loader, 3)
+    assert Counter((r.key, r.reason) for b in batches for r in b.rejects) == {
+        ("half", "undecodable image"): 1,
+        ("zero", "undecodable image"): 1,
+        ("mute", "no caption"): 1,
+        ("link.png", "link"): 1,
+    }
+    keys = [key for b in batches for key in b.keys]
+    assert len(keys) == 9 and set(keys) == {f"g{i}" for i in range(6)}
+    assert [r[:3] for r in rows(take(make(url, 3, workers=2), 3))] == [r[:3] for r in rows(batches)]
+    halves = [take(make(url, 3, rank=r, world=3), 3) for r in range(3)]
+    joined = [key for step in zip(*halves, strict=True) for b in step for key in b.keys]
+    assert joined == keys
+
+
+def test_a_window_without_a_good_sample_is_an_error(
+    tmp_path: Path, make: Callable[..., Loader]
+) -> None:
+    members: list[Member] = [m for i in range(3) for m in [(f"{i}.png", b""), (f"{i}.txt", b"x")]]
+    url = index(tmp_path, [write_tar(tmp_path / "0.tar", members)])
+    with pytest.raises(DataError, match=r"no sample of the 3.*data verify"):
+        take(make(url, 2), 1)
+
+
+def test_an_error_in_a_worker_keeps_its_class_and_text(
+    corpus: Callable[..., str], make: Callable[..., Loader], tmp_path: Path
+) -> None:
+    loader = make(corpus([3]), 2, workers=1)
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(DataError, match=r"0\.tar.*does not exist"):
+        take(loader, 1)
+
+
+def test_a_batch_that_does_not_divide_is_found_before_any_file_is_opened(
+    make: Callable[..., Loader],
+) -> None:
+    with pytest.raises(ConfigError, match="global_batch=5"):
+        make("/nowhere/manifest.json", 5, world=2)
+
+
+def test_a_wrong_setting_names_the_field(small_tokenizer: str) -> None:
+    tree = {"train": "x", "tokenizer": small_tokenizer, "shufle_shards": 2}
+    with pytest.raises(ConfigError, match="shuffle_shards"):
+        configs.build(DataConfig, tree)
+
+
+def test_an_evaluation_set_is_whole_or_an_error(
+    tmp_path: Path, corpus: Callable[..., str], small_tokenizer: str
+) -> None:
+    config = DataConfig(train="", tokenizer=small_tokenizer, size=8)
+    found = load_labelled(corpus([3, 2]), config)
+    assert found.images_NCHW.shape == (5, 3, 8, 8)
+    assert found.keys == ("s0-0", "s0-1", "s0-2", "s1-0", "s1-1")
+    assert [found.classes[i] for i in found.labels_N] == list(found.captions)
+    nameless: list[Member] = [("a.png", png()), ("a.txt", b"a")]
+    url = index(tmp_path / "n", [write_tar(tmp_path / "n/0.tar", nameless)])
+    with pytest.raises(DataError, match="'a' has no class `name`"):
+        load_labelled(url, config)
+    assert Manifest.load(url).num_samples == 1
