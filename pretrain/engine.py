@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from pretrain import comm, ops
@@ -51,6 +51,8 @@ class OptimizerConfig(Config):
         warmup_samples: linear warm-up from 0.
         schedule: after warm-up, "cosine" to ``lr × final`` at the end of training, or "constant".
         final: the last learning rate as a share of the peak.
+        rate_scales: factor of the learning rate of parameters by the beginning of their names, such
+            as {model.trunk.unet: 0.1} (DiffDis trains the U-Net at a tenth of the new modules' rate).
     """
 
     lr: float = Field(1e-3, gt=0)
@@ -60,6 +62,7 @@ class OptimizerConfig(Config):
     warmup_samples: int = Field(4000, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     final: float = Field(0.02, ge=0, le=1)
+    rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     def rate(self, samples: int, total_samples: int) -> float:
         """The learning rate of the step that starts after ``samples`` samples: a function of
@@ -73,13 +76,35 @@ class OptimizerConfig(Config):
         return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices are decayed; norms, biases and scalars are
-    not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by decay and by learning rate.
+
+    Matrices are decayed; norms, biases and scalars are not. ``rate_scale`` of a group is the factor
+    of the longest prefix in ``config.rate_scales`` that begins its parameters' names, else 1.
+
+    Raises:
+        ConfigError: a prefix begins no parameter's name.
+    """
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    for prefix in config.rate_scales:
+        if not any(name.startswith(prefix) for name, _ in named):
+            tops = sorted({".".join(name.split(".")[:3]) for name, _ in named})
+            raise ConfigError(
+                f"optimizer.rate_scales names {prefix!r}, which begins no parameter; "
+                f"there are: {', '.join(tops)}"
+            )
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        fitting = [prefix for prefix in config.rate_scales if name.startswith(prefix)]
+        scale = config.rate_scales[max(fitting, key=len)] if fitting else 1.0
+        groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "rate_scale": scale,
+        }
+        for (decayed, scale), parameters in groups.items()
     ]
 
 
@@ -153,8 +178,10 @@ class Engine:
         self.config = config
         self.accumulation = accumulation(config, global_batch, comm.world_size())
         self.bad_steps = 0
+        groups = parameter_groups(task, optimizer)
+        self._rate_scales = [group["rate_scale"] for group in groups]
         adamw = torch.optim.AdamW(
-            parameter_groups(task, optimizer.weight_decay),
+            groups,
             lr=optimizer.lr,
             betas=optimizer.betas,
             eps=optimizer.eps,
@@ -177,8 +204,8 @@ class Engine:
         Raises:
             NonFiniteError: that happened ``bad_steps_limit`` times in a row.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(self._optimizer.param_groups, self._rate_scales, strict=True):
+            group["lr"] = lr * scale
         self._engine.train()
         outputs = []
         for micro in batch.to(comm.device()).split(self.accumulation):

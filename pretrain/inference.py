@@ -32,6 +32,9 @@ class InferenceConfig(Config):
     Attributes:
         sampler, steps, guidance: of image generation; x_0 = (1 + w) x_0(c) - w x_0(null) with w =
             guidance.
+        last_noise: noise-to-signal ratio at which sampling ends with the estimate of x_0; 0 samples
+            to the end. After minutes of training the network has learned nothing below a ratio of
+            0.3, and further steps add grain.
         align_steps, align_noises, align_guidance: of the alignment chain; ê_0 is averaged over
             noises.
     """
@@ -39,6 +42,7 @@ class InferenceConfig(Config):
     sampler: Method = "ddim"
     steps: int = Field(50, ge=1)
     guidance: float = Field(3.0, ge=0)
+    last_noise: float = Field(0.0, ge=0)
     align_steps: int = Field(4, ge=1)
     align_noises: int = Field(4, ge=1)
     align_guidance: float = Field(0.0, ge=0)
@@ -122,7 +126,12 @@ class Heads:
             return with_c + w * (with_c - without)
 
         z = sample(
-            model.image_path, denoise, torch.stack(rows).to(device), steps, self.config.sampler
+            model.image_path,
+            denoise,
+            torch.stack(rows).to(device),
+            steps,
+            self.config.sampler,
+            self.config.last_noise,
         )
         return model.autoencoder.decode(z).clamp(-1, 1)
 

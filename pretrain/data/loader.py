@@ -91,11 +91,12 @@ class _Steps(Dataset[Batch]):
             raw, odd = self._cache.get(
                 *self.order.locate(start + (number - start + offset) % (end - start))
             )
-            rejects += odd
+            if offset == 0:  # what is wrong with a substitute is counted at its own place
+                rejects += odd
             try:
                 image, texts = decode(raw, self.bounds)
             except Refused as refused:
-                if offset == 0:  # a substitute's own refusal is counted at its own place
+                if offset == 0:
                     rejects.append(Reject(refused.reason, raw.shard, raw.key))
                 continue
             return image, texts, raw.key

@@ -96,11 +96,23 @@ def captions_of(raw: RawSample) -> list[str]:
 
 def flatten(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, as on a page."""
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit; Pillow's own conversion clips it, to white for the most part."""
+    grey = np.asarray(image)
+    scaled = Image.fromarray((grey >> 8).astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = grey != image.info["transparency"]
+        scaled.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return scaled
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:

@@ -82,22 +82,22 @@ class ShardCache:
     def __init__(self, manifest: Manifest, size: int) -> None:
         self.manifest = manifest
         self.size = size
-        self._kept: OrderedDict[int, list[RawSample]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[list[RawSample], list[Reject]]] = OrderedDict()
 
     def get(self, shard: int, index: int) -> tuple[RawSample, list[Reject]]:
-        """Sample ``index`` of shard number ``shard``, and what was refused if the shard was read
-        just now.
+        """Sample ``index`` of shard number ``shard``, and with sample 0 what was refused of its
+        shard: so it is counted once an epoch, however many ranks and workers read the shard.
 
         Raises:
             DataError: the shard is not the one the manifest was made from.
         """
-        rejects: list[Reject] = []
         if shard not in self._kept:
-            self._kept[shard], rejects = self._read(shard)
+            self._kept[shard] = self._read(shard)
             if len(self._kept) > self.size:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(shard)
-        return self._kept[shard][index], rejects
+        samples, rejects = self._kept[shard]
+        return samples[index], [] if index else rejects
 
     def _read(self, number: int) -> tuple[list[RawSample], list[Reject]]:
         entry = self.manifest.shards[number]

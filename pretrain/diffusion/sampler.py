@@ -23,13 +23,22 @@ def start(path: Path, eps: Tensor) -> Tensor:
 
 
 def sample(
-    path: Path, denoise: Denoise, eps: Tensor, steps: int, method: Method = "ddim"
+    path: Path,
+    denoise: Denoise,
+    eps: Tensor,
+    steps: int,
+    method: Method = "ddim",
+    last_noise: float = 0.0,
 ) -> Tensor:
-    """Integrate from unit noise ``eps`` (B, ...) to x_0 in ``steps`` steps.
+    """Integrate from unit noise ``eps`` (B, ...) to x_0 on a grid of ``steps`` steps.
 
-    ``heun`` calls the network 2·steps − 1 times, the others ``steps`` times.
+    ``heun`` calls the network 2·steps − 1 times, the others ``steps`` times. Steps whose
+    noise-to-signal ratio is at most ``last_noise`` are left out; the estimate before them is final.
     """
     times = path.schedule.grid(steps).to(eps.device)
+    if last_noise > 0:
+        above = times[path.schedule.sigma(times) > last_noise * path.schedule.alpha(times)]
+        times = torch.cat([above, times[-1:]])
     z = start(path, eps)
     memory: tuple[Tensor, Tensor] | None = None  # (log noise-to-signal, x_0) of the step before
     for t, t_next in pairwise(times):

@@ -56,6 +56,11 @@ class TextStreamBlock(nn.Module):
             FeedForward(width, activation_fn="geglu") for _ in range(layers)
         )
         self.fc_out = nn.Linear(width, query_dim)
+        # e_t is nearly all noise of unit size. At the usual scale it drowns what attention brings
+        # from the image (at the start another image turned ê_0 by a cosine of 0.93, another e_t by
+        # 0.73; docs/LOG.md), and InfoNCE stays at chance for longer.
+        with torch.no_grad():
+            self.fc_in.weight.mul_(0.1)
 
 
 class AlignmentHead(nn.Module):

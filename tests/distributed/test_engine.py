@@ -14,7 +14,7 @@ OBJECTIVES = {"generate": {}, "align": {}}
 # The key biases of an attention have a gradient of exactly zero (softmax ignores a shift): what is
 # computed is rounding, ~1e-9, which AdamW with its usual eps of 1e-8 blows up to a step of lr. This
 # eps keeps rounding small beside it.
-OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-5)
+OPTIMIZER = OptimizerConfig(lr=LR, eps=1e-5, rate_scales={"model.trunk.unet": 0.5})
 
 
 def train_with_engine(stage: int, precision: str, micro_batch: int, persist: int) -> dict:
@@ -44,8 +44,10 @@ def train_with_engine(stage: int, precision: str, micro_batch: int, persist: int
 def train_plainly() -> dict:
     """The same five steps in a plain loop: no engine, no process group."""
     task = tiny.task(OBJECTIVES)
-    groups = parameter_groups(task, OPTIMIZER.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    groups = parameter_groups(task, OPTIMIZER)
+    for group in groups:
+        group["lr"] = LR * group["rate_scale"]
+    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     losses = []
     for step in range(STEPS):
         output = task(tiny.batch(GLOBAL_BATCH, start=step * GLOBAL_BATCH))

@@ -230,3 +230,50 @@ def test_an_evaluation_set_is_whole_or_an_error(
     with pytest.raises(DataError, match="'a' has no class `name`"):
         load_labelled(url, config)
     assert Manifest.load(url).num_samples == 1
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 1), (4, 0)])
+def test_ranks_and_workers_give_the_same_global_batches_to_the_bit(
+    corpus: Callable[..., str], make: Callable[..., Loader], world: int, workers: int
+) -> None:
+    url, changes = corpus([5, 4, 7]), {"flip": 0.5, "jitter": 0.2}
+    alone = take(make(url, 8, start=3, **changes), 4)
+    ranks = [
+        take(make(url, 8, rank, world, start=3, workers=workers, **changes), 4)
+        for rank in range(world)
+    ]
+    for expected, *parts in zip(alone, *ranks, strict=True):
+        assert tuple(k for p in parts for k in p.keys) == expected.keys
+        assert tuple(c for p in parts for c in p.captions) == expected.captions
+        for name in ("images_BCHW", "tokens_BL", "mask_BL", "positions_B"):
+            joined = torch.cat([getattr(p, name) for p in parts])
+            assert torch.equal(joined, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
+def test_each_refusal_is_counted_once_an_epoch_whoever_reads_its_shard(
+    tmp_path: Path, make: Callable[..., Loader], world: int, workers: int
+) -> None:
+    symlink = tarfile.TarInfo("link.png")
+    symlink.type, symlink.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = [m for i in range(5) for m in good(f"g{i}")]
+    members += [("zero.png", b""), ("zero.txt", b"zero"), ("../up.png", png())]
+    url = index(tmp_path, [write_tar(tmp_path / "0.tar", [*members, symlink])])
+    epochs, steps = 2, 4
+    found: Counter[str] = Counter()
+    for rank in range(world):
+        batches = take(make(url, 3, rank, world, workers=workers), steps)
+        found.update(r.key for b in batches for r in b.rejects)
+    assert found == {"zero": epochs, "../up.png": epochs, "link.png": epochs}
+
+
+def test_a_loader_goes_on_in_mid_epoch_from_its_own_state(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    url = corpus([5, 4])
+    whole = take(make(url, 3, workers=1), 6)
+    first = make(url, 3, workers=1)
+    take(first, 2)  # its worker has read further by now
+    second = make(url, 3, workers=1)
+    second.load_state_dict(first.state_dict())
+    assert rows(take(second, 4)) == rows(whole[2:])

@@ -1,6 +1,8 @@
 """The order of samples is a pure function that no number of ranks or steps can change."""
 
+import itertools
 import pickle
+import time
 from collections import Counter
 
 import pytest
@@ -77,3 +79,47 @@ def test_a_thousand_ranks_share_a_million_samples() -> None:
 def test_a_batch_that_does_not_divide_names_field_value_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"global_batch=10 .* 4 ranks; try 8 or 12"):
         rank_slice(0, 10, 0, 4)
+
+
+@given(
+    sizes_of,
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_stops_with_other_ranks_and_batches_lose_and_repeat_nothing(
+    sizes: list[int], window: int, starts: list[tuple[int, int, int]]
+) -> None:
+    """Each start runs some steps on some ranks; a new process goes on from the sample count."""
+    epochs, seen, start = 2, [], 0
+    total = epochs * sum(sizes)
+    for world, per_rank, steps in itertools.cycle(starts):
+        order = EpochOrder(sizes, 5, window)
+        for _ in range(steps):
+            for rank in range(world):
+                seen += [order.locate(n) for n in rank_slice(start, world * per_rank, rank, world)]
+            start += world * per_rank
+        if start >= total:
+            break
+    found = Counter(seen[:total])
+    every = [(s, i) for s, size in enumerate(sizes) for i in range(size)]
+    assert found == Counter(every * epochs)
+    assert seen == [EpochOrder(sizes, 5, window).locate(n) for n in range(start)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window"), [([7], 1), ([7], 9), ([0, 3, 0, 1, 0], 1), ([0, 0, 2], 2), ([1] * 9, 3)]
+)
+def test_odd_shard_sizes_are_whole_epochs_too(sizes: list[int], window: int) -> None:
+    every = Counter((s, i) for s, size in enumerate(sizes) for i in range(size))
+    order = EpochOrder(sizes, 0, window)
+    assert [Counter(places(order, epoch)) for epoch in range(3)] == [every] * 3
+
+
+def test_a_far_sample_is_found_without_walking_to_it() -> None:
+    began = time.process_time()
+    EpochOrder([10, 20, 30], 0, 2).locate(10**9)
+    EpochOrder([10_000] * 100, 0, 16).locate(10**12)
+    assert time.process_time() - began < 1

@@ -6,6 +6,7 @@ import struct
 import zlib
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,3 +142,80 @@ def test_jitter_shifts_within_reach_and_fills_with_white() -> None:
         rows, columns = (moved[0] == 1).all(1).sum(), (moved[0] == 1).all(0).sum()
         shifts.add((int(rows), int(columns)))
     assert shifts == {(r, c) for r in range(3) for c in range(3)}
+
+
+def stored(image: Image.Image, extension: str = "png", **options: object) -> torch.Tensor:
+    """What training sees of an image that was stored in a format and read again."""
+    stream = io.BytesIO()
+    image.save(stream, {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[extension], **options)
+    return prepare(decode(raw(**{extension: stream.getvalue()}, txt=b"a"), BOUNDS)[0], 8)
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 1)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 255)), {}, (1, -1, -1)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), {}, (1, 1, 1)),
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), {}, (0.6, 0.6, 0.6)),  # a fifth of black
+        (Image.new("LA", (8, 8), (0, 0)), {}, (1, 1, 1)),
+        (Image.new("L", (8, 8), 51), {}, (-0.6, -0.6, -0.6)),
+        (Image.new("L", (8, 8), 51), {"transparency": 51}, (1, 1, 1)),
+        (Image.new("1", (8, 8), 1), {}, (1, 1, 1)),
+        (Image.new("P", (8, 8), 0), {"transparency": 0}, (1, 1, 1)),
+        (Image.fromarray(np.full((8, 8), 0x3333, np.uint16)), {}, (-0.6, -0.6, -0.6)),
+        (Image.fromarray(np.full((8, 8), 0xFFFF, np.uint16)), {}, (1, 1, 1)),
+        (Image.fromarray(np.full((8, 8), 0x3333, np.uint16)), {"transparency": 0x3333}, (1, 1, 1)),
+    ],
+)
+def test_every_kind_of_png_shows_its_colour_on_white(
+    image: Image.Image, options: dict[str, object], expected: tuple[float, ...]
+) -> None:
+    x_CHW = stored(image, **options)
+    assert torch.allclose(x_CHW, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8), atol=0.01)
+
+
+def test_a_palette_with_a_transparent_entry_keeps_its_other_colours() -> None:
+    x_CHW = stored(palette(), transparency=0)
+    assert x_CHW[:, 0, 0].tolist() == [-1, -1, 1] and x_CHW[:, 5, 5].tolist() == [1, 1, 1]
+
+
+def test_a_cmyk_jpeg_shows_its_colour() -> None:
+    x_CHW = stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpg")
+    assert torch.allclose(x_CHW, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 8, 8))
+
+
+def test_a_webp_is_read_and_a_picture_of_another_format_is_not() -> None:
+    assert stored(Image.new("RGB", (8, 8), "white"), "webp", lossless=True).min() == 1
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "BMP")
+    assert reason(raw(png=stream.getvalue(), txt=b"a")) == "undecodable image"
+
+
+@given(
+    st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255)),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.integers(8, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_flat_colours_stay_flat_and_in_range(
+    colour: tuple[int, int, int], shape: tuple[int, int], size: int
+) -> None:
+    x_CHW = prepare(Image.new("RGB", shape, colour), size)
+    expected = torch.tensor(colour).float().view(3, 1, 1) / 127.5 - 1
+    assert torch.allclose(x_CHW, expected.expand(3, size, size), atol=1e-6)
+
+
+@given(st.integers(0, 1_000), st.sampled_from([(64, 40), (9, 70), (12, 12)]))
+@settings(max_examples=30, deadline=None)
+def test_any_picture_stays_in_range(seed: int, shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 2, (*shape, 3), dtype=np.uint8) * 255
+    x_CHW = augment(prepare(Image.fromarray(pixels), 32), 0.5, 0.2, seed, 0)
+    assert x_CHW.shape == (3, 32, 32)
+    assert x_CHW.min() >= -1 and x_CHW.max() <= 1

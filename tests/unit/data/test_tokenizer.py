@@ -1,9 +1,11 @@
 """The tokenizer: the same texts give the same bytes, and another one is refused."""
 
+import io
 import pickle
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from pretrain.__main__ import main
 from pretrain.data import tokenizer
@@ -85,3 +87,33 @@ def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
 def test_too_large_a_vocabulary_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"vocab_size=9000.*lower it"):
         tokenizer.train(["red apple"] * 9, tmp_path / "x.model", 9000)
+
+
+def test_the_same_texts_give_the_same_bytes_and_other_texts_do_not(tmp_path: Path) -> None:
+    texts = [f"a drawing of fruit {i} red apple green pear" for i in range(40)]
+    first, second = tmp_path / "1.model", tmp_path / "2.model"
+    assert tokenizer.train(texts, first, 36) == tokenizer.train(texts, second, 36)
+    assert first.read_bytes() == second.read_bytes()
+    assert tokenizer.train([*texts, "blue plum"] * 2, tmp_path / "3.model", 36) != (
+        Tokenizer(str(first)).sha256
+    )
+
+
+def test_the_shortest_length_still_frames_a_text(committed: Tokenizer) -> None:
+    tokens, _ = committed.encode(["red apple", ""], 3)
+    assert tokens[0, [0, 2]].tolist() == [tokenizer.BEGIN, tokenizer.END]
+    assert tokens[1].tolist() == [tokenizer.BEGIN, tokenizer.END, tokenizer.PAD]
+
+
+def test_a_model_with_other_special_ids_is_refused(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(  # sentencepiece's own defaults: unk 0, bos 1, eos 2
+        sentence_iterator=iter(["red apple green pear"] * 9),
+        model_writer=stream,
+        vocab_size=20,
+        minloglevel=2,
+    )
+    path = tmp_path / "foreign.model"
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(DataError, match="special ids"):
+        Tokenizer(str(path))
