@@ -52,7 +52,8 @@ class OptimizerConfig(Config):
         schedule: after warm-up, "cosine" to ``lr × final`` at the end of training, or "constant".
         final: the last learning rate as a share of the peak.
         rate_scales: factor of the learning rate of parameters by the beginning of their names, such
-            as {model.trunk.unet: 0.1} (DiffDis trains the U-Net at a tenth of the new modules' rate).
+            as {model.trunk.unet: 0.1} (DiffDis trains the U-Net at a tenth of the new modules'
+            rate).
     """
 
     lr: float = Field(1e-3, gt=0)

@@ -4,6 +4,8 @@ A worker makes a whole batch, so the number of workers cannot change the order. 
 state is the number of the next sample.
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +20,7 @@ from pretrain.data.sampler import EpochOrder, rank_slice
 from pretrain.data.samples import Bounds, Refused, augment, choose_caption, decode, prepare
 from pretrain.data.shards import ShardCache
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import DataError
+from pretrain.errors import DataError, PretrainError
 from pretrain.types import Batch, Reject
 
 
@@ -50,8 +52,8 @@ class DataConfig(Config):
     max_pixels: int = Field(64_000_000, ge=1)
 
 
-class _Steps(Dataset[Batch]):
-    """Item: (first, last) sample numbers of a rank's batch -> that batch."""
+class _Steps(Dataset[Batch | PretrainError]):
+    """Item: sample numbers of a rank's batch -> that batch, or the error that prevents it."""
 
     def __init__(
         self, config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, seed: int
@@ -62,7 +64,13 @@ class _Steps(Dataset[Batch]):
         # Made in the worker: a file system opened before a fork hangs.
         self._cache: ShardCache | None = None
 
-    def __getitem__(self, numbers: range) -> Batch:
+    def __getitem__(self, numbers: range) -> Batch | PretrainError:
+        try:
+            return self._batch(numbers)
+        except PretrainError as error:
+            return error  # the rank raises it: torch would put a worker's traceback into its text
+
+    def _batch(self, numbers: range) -> Batch:
         c = self.config
         images, captions, keys = [], [], []
         rejects: list[Reject] = []
@@ -178,6 +186,8 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
         )
         for batch in batches:
+            if isinstance(batch, PretrainError):
+                raise batch
             # Counted when it is handed out: what workers have read ahead is read again after a
             # resume.
             self.next_sample += self.global_batch
@@ -197,3 +207,14 @@ def _start_worker(worker: int) -> None:
     # A scheduler signals the whole process group; the rank decides when its workers end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+# Runs before multiprocessing's own exit, which sends SIGTERM and would wait for ever: workers that
+# outlive their iterator, as after an error, ignore it.
+atexit.register(_kill_workers)

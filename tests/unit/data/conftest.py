@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from pretrain.data import manifest, tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
+# Imported once, not by each worker anew: a dozen loaders with workers then start in no time.
+multiprocessing.set_forkserver_preload(["pretrain.data.loader"])
 Member = tuple[str, bytes]
 
 

@@ -3,7 +3,10 @@
 import io
 import itertools
 import json
+import re
+import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from pretrain.data import emoji
 from pretrain.data.captions import article, variants, with_article
 from pretrain.data.manifest import Manifest
 from pretrain.data.shards import RawSample, ShardCache
+from pretrain.errors import DataError
 from tests.unit.data.conftest import ROOT, good, write_tar
 
 SPLITS = ("train", "heldout-renderings", "heldout-concepts")
@@ -192,3 +196,55 @@ def test_the_committed_split_is_the_one_of_the_code(fields: dict[str, Any]) -> N
         for f in members:
             who = [v for v in emoji.VENDORS if v.prefix in drawn[f["hexcode"]]]
             assert emoji._split(f["hexcode"], vendors[f["vendor"]], who) == split, f["key"]
+
+
+def test_the_shares_are_the_documented_ones(fields: dict[str, Any]) -> None:
+    bases = {split: {f["base"] for f in members} for split, members in fields.items()}
+    concepts = set.union(*bases.values())
+    assert 0.08 <= len(bases["heldout-concepts"]) / len(concepts) <= 0.12
+    assert 0.26 <= len(bases["heldout-renderings"]) / len(concepts) <= 0.34
+
+
+def test_captions_are_english_and_never_empty(fields: dict[str, Any]) -> None:
+    captions = [c for members in fields.values() for f in members for c in f["captions"]]
+    assert all(c.strip() == c and c for c in captions)
+    # Spelt with a vowel and sounded without, and the reverse; all others go by the letter.
+    odd = re.compile(r"(?:uni|euro|one|ewe|use|hour|herb|heir|honest|x-ray)", re.IGNORECASE)
+    wrong = [
+        c
+        for c in captions
+        for a, word in re.findall(r"drawing of (an?) (\S+)", c)
+        if not odd.match(word) and (a == "an") != (word[0].lower() in "aeiou8")
+    ]
+    assert wrong == []
+
+
+def test_verify_finds_one_damaged_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("heldout-concepts.json", "heldout-concepts-00000.tar.gz"):
+        shutil.copy(ROOT / "data/emoji" / name, tmp_path)
+    assert main(["data", "verify", str(tmp_path / "heldout-concepts.json")]) == 0
+    shard = tmp_path / "heldout-concepts-00000.tar.gz"
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    assert main(["data", "verify", str(tmp_path / "heldout-concepts.json")]) == 1
+    assert shard.name in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_corpus_is_rebuilt_from_npm_to_the_byte(
+    tmp_path: Path, require_programs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_programs("npm")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        emoji.fetch(emoji.NAMES, emoji.default_cache())
+    except DataError as error:
+        if "sha256" in str(error):
+            raise
+        pytest.skip(f"npm cannot reach its registry: {str(error)[:200]}")
+    assert main(["data", "emoji", "--out", str(tmp_path / "emoji")]) == 0
+    for split in SPLITS:
+        committed = Manifest.load(str(ROOT / f"data/emoji/{split}.json"))
+        assert Manifest.load(str(tmp_path / f"emoji/{split}.json")).shards == committed.shards
+    assert (tmp_path / "emoji/NOTICE").read_text() == (ROOT / "data/emoji/NOTICE").read_text()

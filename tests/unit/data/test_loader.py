@@ -1,6 +1,8 @@
 """Batches: the same samples in the same order for any ranks, workers, stops and damage."""
 
 import itertools
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, DataError
 from pretrain.types import Batch
-from tests.unit.data.conftest import Member, good, index, png, write_tar
+from tests.unit.data.conftest import ROOT, Member, good, index, png, write_tar
 
 
 @pytest.fixture
@@ -200,8 +202,27 @@ def test_an_error_in_a_worker_keeps_its_class_and_text(
 ) -> None:
     loader = make(corpus([3]), 2, workers=1)
     (tmp_path / "0.tar").unlink()
-    with pytest.raises(DataError, match=r"0\.tar.*does not exist"):
+    with pytest.raises(DataError, match=r"0\.tar.*does not exist") as caught:
         take(loader, 1)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_process_ends_though_its_workers_ignore_signals(
+    corpus: Callable[..., str], small_tokenizer: str
+) -> None:
+    """A rank that ends with its iterator alive, as after an error, must free its allocation."""
+    script = f"""
+from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.tokenizer import Tokenizer
+config = DataConfig(train={corpus([5])!r}, tokenizer={small_tokenizer!r}, size=8, workers=1)
+batches = iter(Loader(config, Tokenizer(config.tokenizer), 0, 2, 0, 1))
+next(batches)
+print("alive", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 def test_a_batch_that_does_not_divide_is_found_before_any_file_is_opened(

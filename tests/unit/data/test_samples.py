@@ -178,7 +178,9 @@ def test_every_kind_of_png_shows_its_colour_on_white(
     image: Image.Image, options: dict[str, object], expected: tuple[float, ...]
 ) -> None:
     x_CHW = stored(image, **options)
-    assert torch.allclose(x_CHW, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8), atol=0.01)
+    assert torch.allclose(
+        x_CHW, torch.tensor(expected).float().view(3, 1, 1).expand(3, 8, 8), atol=0.01
+    )
 
 
 def test_a_palette_with_a_transparent_entry_keeps_its_other_colours() -> None:
