@@ -1,0 +1,113 @@
+"""The dry run's figures against models that are really built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import config as configs
+from pretrain import plan
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import ConfigError
+from pretrain.run_config import RunConfig
+from pretrain.train import build_task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.chdir(ROOT)
+    return configs.load(RunConfig, "configs/debug.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["objectives.align=null"], ["model.autoencoder.factor=4", "model.unet.layers=2"]],
+)
+def test_parameters_are_those_of_a_model_that_is_built(
+    debug: RunConfig, overrides: list[str]
+) -> None:
+    config = configs.load(RunConfig, "configs/debug.yaml", overrides)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    counted = plan.count_parameters(config, tokenizer.vocab_size)
+    task = build_task(config, tokenizer)
+    assert counted.total == sum(p.numel() for p in task.parameters())
+    encoder = sum(p.numel() for p in task.model.text_encoder.parameters())
+    assert counted.by_part["text encoder"] == encoder
+
+
+def test_counting_allocates_nothing(debug: RunConfig) -> None:
+    """A U-Net of Stable Diffusion's size, counted in moments."""
+    overrides = [
+        "model.unet.channels=[320, 640, 1280, 1280]",
+        "model.unet.attention=[true, true, true, false]",
+        "model.unet.layers=2",
+        "model.unet.head_dim=64",
+        "model.unet.norm_groups=32",
+    ]
+    config = configs.load(RunConfig, "configs/debug.yaml", overrides)
+    counted = plan.count_parameters(config, 1536)
+    assert 8e8 < counted.by_part["image stream"] < 9e8
+    assert torch.empty(0).device.type == "cpu"  # the default device is given back
+
+
+def test_an_autoencoder_is_planned_without_its_files(debug: RunConfig) -> None:
+    tree = debug.model_dump()
+    tree["model"]["autoencoder"] = {"kind": "diffusers", "path": "/nowhere/vae"}
+    config = configs.build(RunConfig, tree)
+    assert plan.count_parameters(config, 1536).total > 0
+
+
+P, R = 1_000_000, 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "bytes_per_parameter"),
+    [
+        # weights + gradients + (masters and) moments, each divided by R where its stage splits it
+        ("fp32", 0, 4 + 4 + 8),
+        ("fp32", 1, 4 + 4 + 8 / R),
+        ("fp32", 2, 4 + (4 + 8) / R),
+        ("fp32", 3, 16 / R),
+        ("bf16", 0, 2 + 2 + 12),
+        ("bf16", 1, 2 + 2 + 12 / R),
+        ("bf16", 2, 2 + (2 + 12) / R),
+        ("bf16", 3, 16 / R),
+    ],
+)
+def test_state_follows_the_closed_form(
+    precision: str, stage: int, bytes_per_parameter: float
+) -> None:
+    assert plan.state_bytes_per_rank(P, R, precision, stage) == bytes_per_parameter * P
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_on_one_rank_nothing_is_divided(stage: int) -> None:
+    assert plan.state_bytes_per_rank(P, 1, "fp32", stage) == 16 * P
+
+
+def test_a_rest_is_padded_up() -> None:
+    assert plan.state_bytes_per_rank(3, 2, "fp32", 3) == 6 + 6 + 12
+    assert plan.state_bytes_per_rank(1, 3, "fp32", 3) == 2 + 2 + 3
+
+
+def test_the_plan_names_every_part_and_says_where_the_batch_does_not_divide(
+    debug: RunConfig,
+) -> None:
+    text = plan.render(debug, None)
+    for part in ("text encoder", "image stream", "text stream", "alignment head", "total"):
+        assert part in text
+    rows = {
+        int(line.split()[0]): line
+        for line in text.splitlines()
+        if line.split()[:1][0:] and line.split()[0].isdigit()
+    }
+    assert rows[1].endswith("2") and rows[2].endswith("1")
+    assert rows[4].endswith("does not divide")
+
+
+def test_a_number_of_ranks_that_cannot_run_is_an_error(debug: RunConfig) -> None:
+    assert "\n      2 " in plan.render(debug, 2)
+    with pytest.raises(ConfigError, match=r"micro_batch=8 on 4 ranks.*try 1, 2, 4"):
+        plan.render(debug, 4)
