@@ -3,7 +3,7 @@ deepspeed."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -160,8 +160,7 @@ class Engine:
     order.
 
     Args:
-        task: ``task(batch) -> StepOutput``; its parameters are partitioned in place. It may have
-            ``whole_modules()``, blocks that are gathered in one go.
+        task: ``task(batch) -> StepOutput``; its parameters are partitioned in place.
         config, optimizer: settings.
         global_batch: samples of one optimizer step over all ranks.
     """
@@ -175,13 +174,8 @@ class Engine:
         # that pass them. None of those owns a parameter: each parameter lies in a leaf module from
         # tensor to tensor (a test says so).
         import deepspeed.runtime.zero.utils as zero_utils
-        from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
         zero_utils.warned = True
-        # One hook and one gather for a block instead of one for each layer in it.
-        whole: Callable[[], list[nn.Module]] = getattr(task, "whole_modules", list)
-        for module in whole():
-            set_z3_leaf_module(module, True)
         self.config = config
         self.accumulation = accumulation(config, global_batch, comm.world_size())
         self.bad_steps = 0

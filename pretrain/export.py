@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import storage
+from pretrain import ops, storage
 from pretrain.checkpoint import TAG, Checkpoint, damage, list_committed
 from pretrain.config import build
 from pretrain.data.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ def newest(output: str | Path) -> Checkpoint:
 def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every parameter of the task, whole, fp32, from all ranks' parts; in one process, without a
     process group."""
+    ops.choose_accelerator()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
@@ -117,7 +118,7 @@ def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> 
         "model": config.model.model_dump(mode="json"),
         "inference": config.inference.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer.sha256,
-        "logit_scale": float(scales[0].mean()) if scales else 100.0,
+        "logit_scale": float(scales[0].detach().mean()) if scales else 100.0,
     }
 
 

@@ -84,10 +84,6 @@ class PretrainTask(nn.Module):
         self.config = config
         self.seed = seed
 
-    def whole_modules(self) -> list[nn.Module]:
-        """Blocks that an engine may gather in one go; no part of them is called from outside."""
-        return self.model.whole_modules()
-
     def forward(self, batch: Batch) -> StepOutput:
         noised = self.noise(batch)
         output = self.model(noised, "generation" in self.halves, "alignment" in self.halves)

@@ -109,10 +109,6 @@ class DiffDis(nn.Module):
         side = self.config.image_size // self.autoencoder.factor
         return (self.autoencoder.channels, side, side)
 
-    def whole_modules(self) -> list[nn.Module]:
-        """Blocks that are only ever entered by their own forward (see `DualStreamUNet`)."""
-        return [*self.text_encoder.blocks, *self.trunk.whole_modules()]
-
     @property
     def dtype(self) -> torch.dtype:
         """Computation type of the weights."""

@@ -131,25 +131,6 @@ class DualStreamUNet(nn.Module):
             h = up(hidden_states=h, res_hidden_states_tuple=here, temb=encoded.time_BD, **extra)
         return u.conv_out(u.conv_act(u.conv_norm_out(h)))
 
-    def whole_modules(self) -> list[nn.Module]:
-        """Blocks that are only ever entered by their own forward: what may be gathered in one
-        go."""
-        u = self.unet
-        found: list[nn.Module] = [*self.head.blocks, self.query_time.mlp, u.time_embedding]
-        for block in (*u.down_blocks, u.mid_block, *u.up_blocks):
-            found += block.resnets
-        for block in u.up_blocks:
-            found += getattr(block, "attentions", ())
-        # The encoder's transformers are entered piece by piece: the query joins between the pieces.
-        for block in (*u.down_blocks, u.mid_block):
-            for transformer in getattr(block, "attentions", ()):
-                for layer in transformer.transformer_blocks:
-                    found += [layer.attn1, layer.attn2, layer.ff]
-        streams: Any = self.blocks
-        for stream in streams:
-            found += stream.feed_forwards
-        return found
-
     def predict_query(self, encoded: Encoded) -> Tensor:
         """ê_0, shape (B, E), from the text token and the mid map."""
         return self.head(encoded.h_BE, encoded.mid_BCHW)

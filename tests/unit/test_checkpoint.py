@@ -11,8 +11,8 @@ import pytest
 from pretrain.checkpoint import (
     MARKER,
     TAG,
-    Checkpointer,
     CheckpointConfig,
+    Checkpointer,
     damage,
     list_committed,
 )

@@ -145,6 +145,26 @@ def test_what_is_wrong_is_named_with_its_dotted_field_and_value(
         configs.build(Outer, tree)
 
 
+KINDS = "model.image_path.schedule"
+
+
+@pytest.mark.xfail(strict=True, reason="the tag of a tagged union is shown as if it were a field")
+def test_the_dotted_field_is_the_one_in_the_file() -> None:
+    with pytest.raises(ConfigError, match=rf"^{KINDS}\.p_men=3: .*did you mean 'p_mean'"):
+        configs.load(RunConfig, DEBUG, [f"{KINDS}.p_men=3"])
+    with pytest.raises(ConfigError, match=r"^model\.autoencoder\.fctor=2: .* 'factor'"):
+        configs.load(RunConfig, DEBUG, ["model.autoencoder.fctor=2"])
+
+
+@pytest.mark.xfail(strict=True, reason="the fields of the base's kind stay, and are refused")
+@pytest.mark.parametrize(
+    "override", [f"{KINDS}.kind=scaled_linear", f"{KINDS}={{kind: scaled_linear}}"]
+)
+def test_another_kind_replaces_the_settings_of_the_base_kind(override: str) -> None:
+    made = configs.load(RunConfig, DEBUG, ["model.image_path.predict=eps", override])
+    assert made.model.image_path.schedule.kind == "scaled_linear"
+
+
 def test_every_problem_is_told_at_once_below_where() -> None:
     with pytest.raises(ConfigError) as caught:
         configs.build(Outer, {"inner": {"rate": -1}, "fastt": 1}, where="objectives.x")

@@ -139,29 +139,6 @@ def test_every_parameter_lies_in_a_module_that_returns_a_tensor():
     )
 
 
-def test_no_part_of_a_whole_module_is_entered_from_outside():
-    """ZeRO-3 gathers a whole module's parameters at its own forward: a part called alone finds
-    none."""
-    task, inside = tiny.task(BOTH), []
-    whole = task.whole_modules()
-    assert len(whole) > 10 and len({id(m) for m in whole}) == len(whole)
-
-    def leave(module, args, output):
-        inside.remove(module)
-
-    for module in whole:
-
-        def check(part, args, module=module):
-            assert module in inside, f"{type(part).__name__} of {type(module).__name__}"
-
-        module.register_forward_pre_hook(lambda m, _: inside.append(m))
-        module.register_forward_hook(leave)
-        for part in module.modules():
-            if part is not module and list(part.parameters(recurse=False)):
-                part.register_forward_pre_hook(check)
-    task(tiny.batch(2))
-
-
 def test_weights_and_metrics():
     a, b = tiny.task({"generate": {"weight": 2.0}, "align": {"weight": 0.5}}), tiny.batch(4)
     out = a(b)
