@@ -131,8 +131,11 @@ def list_committed(folder: Path) -> list[Checkpoint]:
     found = []
     for path in sorted(folder.glob("samples-*")):
         if (path / MARKER).exists():
-            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            found.append(Checkpoint(path, int(run["samples"]), run))
+            try:
+                run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                run = {}  # `damage` names it before anything is restored
+            found.append(Checkpoint(path, int(path.name.removeprefix("samples-")), run))
     return found
 
 

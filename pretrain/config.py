@@ -25,14 +25,22 @@ C = TypeVar("C", bound=Config)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid on it: mappings merge key by key, anything else is replaced."""
+    """``base`` with ``over`` laid on it: mappings merge key by key, anything else is replaced.
+
+    A mapping of another ``kind`` is replaced too: the fields of one kind mean nothing to another.
+    """
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = merge(merged[key], value)
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and _same_kind(old, value):
+            merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _same_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" not in new or "kind" not in old or new["kind"] == old["kind"]
 
 
 def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -113,10 +121,10 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
 
 
 def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, (str, int))]
+    location, node = _walk(cls, problem["loc"])
     field = ".".join([*([where] if where else []), *map(str, location)]) or "(config)"
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(cls, location[:-1])
+        known = sorted(getattr(node, "model_fields", {}))
         close = get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"{field}={problem['input']!r}: unknown field; {hint}"
@@ -129,14 +137,29 @@ def _explain(cls: type[BaseModel], problem: Any, where: str) -> str:
     return f"{field}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _fields_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
+def _walk(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], Any]:
+    """The fields on the way to a problem, as they stand in a file, and the node that holds the
+    last."""
     node: Any = cls
-    for part in location:
+    held: Any = cls
+    options: list[type[BaseModel]] = []
+    shown: list[Any] = []
+    for part in loc:
+        chosen = [o for o in options if _kind_of(o) == part]
+        if chosen:
+            node, options = chosen[0], []  # pydantic's tag of the kind, no field of the file
+            continue
+        shown.append(part)
+        held = node
         field = getattr(node, "model_fields", {}).get(part)
-        if field is None:
-            continue  # a discriminator's tag, or a key of a free mapping
-        node = field.annotation
-        for option in getattr(node, "__args__", ()):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                node = option
-    return sorted(getattr(node, "model_fields", {}))
+        node = field.annotation if field else None
+        arguments = getattr(node, "__args__", ())
+        options = [o for o in arguments if isinstance(o, type) and issubclass(o, BaseModel)]
+        if len(options) == 1:
+            node = options[0]  # X | None
+    return shown, held
+
+
+def _kind_of(node: type[BaseModel]) -> Any:
+    field = node.model_fields.get("kind")
+    return field.default if field else None

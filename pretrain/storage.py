@@ -7,6 +7,7 @@ it.
 import hashlib
 import os
 import uuid
+from contextlib import suppress
 from typing import IO, Any, cast
 
 import fsspec
@@ -54,11 +55,16 @@ def write_bytes(url: str, data: bytes) -> None:
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)  # a full disk must not fill further at every try
+        raise
 
 
 def sha256(url: str, chunk_bytes: int = 1 << 20) -> str:

@@ -22,7 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml", help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="overrides",
+        help="override one field",
     )
     parser.add_argument(
         "--alias", default="champion", help="alias of the registered version (default: %(default)s)"

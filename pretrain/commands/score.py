@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     scores = np.array(answers["probabilities"].tolist())
     truth = np.array([classes.index(p.name) for p in pictures])
     own = scores[np.arange(len(truth)), truth][:, None]
-    rank = (scores >= own).sum(1) - 1
+    rank = (~(scores < own)).sum(1) - 1  # ties and NaN count against the model
     report = {
         "model": args.model,
         "pictures": len(pictures),

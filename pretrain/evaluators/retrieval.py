@@ -33,7 +33,7 @@ def recall_at(scores_QG: Tensor, relevant_QG: Tensor, k: int) -> float:
         relevant_QG: bool, True where the item answers the query; each query has one at least.
     """
     best = scores_QG.masked_fill(~relevant_QG, float("-inf")).max(1, keepdim=True).values
-    better = ((scores_QG >= best) & ~relevant_QG).sum(1)
+    better = (~(scores_QG < best) & ~relevant_QG).sum(1)  # so put, NaN counts against it too
     return (better < k).float().mean().item()
 
 

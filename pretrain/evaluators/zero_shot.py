@@ -35,7 +35,7 @@ def ranks_of_truth(e0_hat_NE: Tensor, classes_KE: Tensor, labels_N: Tensor) -> T
     the model."""
     scores = e0_hat_NE @ classes_KE.T
     truth = scores.gather(1, labels_N[:, None])
-    return (scores >= truth).sum(1) - 1
+    return (~(scores < truth)).sum(1) - 1  # so put, NaN counts against the model too
 
 
 class ZeroShot:

@@ -3,6 +3,8 @@ ablation)."""
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from pretrain.model.diffdis import DiffDis
 from pretrain.objectives.base import Context, Half, Objective, ObjectiveConfig
 from pretrain.types import LossTerm
@@ -11,7 +13,7 @@ from pretrain.types import LossTerm
 class Settings(ObjectiveConfig):
     """Off unless a config gives it a weight."""
 
-    weight: float = 0.0
+    weight: float = Field(0.0, ge=0)
 
 
 class DenoiseText(Objective):

@@ -170,9 +170,6 @@ def test_damage_names_the_file_and_nothing_is_loaded(checkpointer: Checkpointer,
     assert restore(checkpointer)[1] == "state 4"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(OSError, ValueError), reason="list_committed reads run.json unguarded"
-)
 @pytest.mark.parametrize("text", [None, '{"samples": '])
 def test_a_run_json_that_cannot_be_read_is_damage_too(
     checkpointer: Checkpointer, text: str | None

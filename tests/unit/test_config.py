@@ -148,7 +148,6 @@ def test_what_is_wrong_is_named_with_its_dotted_field_and_value(
 KINDS = "model.image_path.schedule"
 
 
-@pytest.mark.xfail(strict=True, reason="the tag of a tagged union is shown as if it were a field")
 def test_the_dotted_field_is_the_one_in_the_file() -> None:
     with pytest.raises(ConfigError, match=rf"^{KINDS}\.p_men=3: .*did you mean 'p_mean'"):
         configs.load(RunConfig, DEBUG, [f"{KINDS}.p_men=3"])
@@ -156,7 +155,6 @@ def test_the_dotted_field_is_the_one_in_the_file() -> None:
         configs.load(RunConfig, DEBUG, ["model.autoencoder.fctor=2"])
 
 
-@pytest.mark.xfail(strict=True, reason="the fields of the base's kind stay, and are refused")
 @pytest.mark.parametrize(
     "override", [f"{KINDS}.kind=scaled_linear", f"{KINDS}={{kind: scaled_linear}}"]
 )

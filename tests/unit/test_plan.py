@@ -1,6 +1,7 @@
 """The dry run's figures against models that are really built."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pretrain import plan
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.run_config import RunConfig
+from pretrain.task import PretrainTask
 from pretrain.train import build_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +39,20 @@ def test_parameters_are_those_of_a_model_that_is_built(
     assert counted.by_part["text encoder"] == encoder
 
 
-def test_counting_allocates_nothing(debug: RunConfig) -> None:
-    """A U-Net of Stable Diffusion's size, counted in moments."""
+def test_counting_allocates_nothing(debug: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[torch.nn.Module] = []
+
+    def spy(*arguments: Any) -> PretrainTask:
+        built.append(PretrainTask(*arguments))
+        return built[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(plan, "PretrainTask", spy)
+    plan.count_parameters(debug, 1536)
+    assert all(p.is_meta for task in built for p in task.parameters()) and built
+    assert torch.empty(0).device.type == "cpu"  # the default device is given back
+
+
+def test_a_model_of_stable_diffusions_size_is_counted_in_moments(debug: RunConfig) -> None:
     overrides = [
         "model.unet.channels=[320, 640, 1280, 1280]",
         "model.unet.attention=[true, true, true, false]",
@@ -49,7 +63,6 @@ def test_counting_allocates_nothing(debug: RunConfig) -> None:
     config = configs.load(RunConfig, "configs/debug.yaml", overrides)
     counted = plan.count_parameters(config, 1536)
     assert 8e8 < counted.by_part["image stream"] < 9e8
-    assert torch.empty(0).device.type == "cpu"  # the default device is given back
 
 
 def test_an_autoencoder_is_planned_without_its_files(debug: RunConfig) -> None:
@@ -98,11 +111,8 @@ def test_the_plan_names_every_part_and_says_where_the_batch_does_not_divide(
     text = plan.render(debug, None)
     for part in ("text encoder", "image stream", "text stream", "alignment head", "total"):
         assert part in text
-    rows = {
-        int(line.split()[0]): line
-        for line in text.splitlines()
-        if line.split()[:1][0:] and line.split()[0].isdigit()
-    }
+    split = [line.split() for line in text.splitlines()]
+    rows = {int(words[0]): " ".join(words) for words in split if words and words[0].isdigit()}
     assert rows[1].endswith("2") and rows[2].endswith("1")
     assert rows[4].endswith("does not divide")
 

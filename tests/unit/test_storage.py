@@ -78,7 +78,6 @@ def test_a_write_that_fails_leaves_the_old_bytes(
     assert path.read_bytes() == b"old"
 
 
-@pytest.mark.xfail(strict=True, reason="the temporary file stays")
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_no_file_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

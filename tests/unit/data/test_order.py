@@ -67,6 +67,9 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert places(order, 0) != places(order, 1)
     assert places(order, 0) != places(EpochOrder([50, 50, 50], 1, 2), 0)
     assert places(order, 1) == places(EpochOrder([50, 50, 50], 0, 2), 1)
+    # Shards are permuted as well as the samples in their windows: neighbours change.
+    shards = EpochOrder([1] * 20, 0, 1)
+    assert places(shards, 0) != places(shards, 1)
 
 
 def test_a_thousand_ranks_share_a_million_samples() -> None:
