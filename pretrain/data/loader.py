@@ -173,6 +173,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         schedule = _Schedule(self.next_sample, self.global_batch, self.rank, self.world)
         workers = self.config.workers
+        if workers:
+            # Imported once by the server that workers are forked from, not by each worker.
+            multiprocessing.set_forkserver_preload(["pretrain.data.loader"])
         batches = DataLoader(
             self._steps,
             sampler=schedule,
