@@ -10,6 +10,7 @@ checkpoints/samples-000012800/
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,14 @@ class Checkpointer:
         """Committed checkpoints, oldest first."""
         return list_committed(self.folder)
 
-    def restore(self, engine: Engine) -> Checkpoint | None:
-        """Load the newest committed checkpoint, after its hashes were verified; None if there is
-        none. Collective.
+    def restore(
+        self, engine: Engine, check: Callable[[Checkpoint], None] = lambda _: None
+    ) -> Checkpoint | None:
+        """Load the newest committed checkpoint; None if there is none. Collective.
+
+        Args:
+            engine: takes the state.
+            check: called before any state is loaded; raises if the run must not go on from it.
 
         Raises:
             CheckpointError: it is damaged, or was written by another number of ranks.
@@ -106,16 +112,16 @@ class Checkpointer:
         if problem:
             raise CheckpointError(
                 f"checkpoint={str(newest.folder)!r} is damaged: {problem}; delete that folder to "
-                "resume "
-                "from the one before"
+                "resume from the one before"
             )
         if newest.run["world_size"] != comm.world_size():
             raise CheckpointError(
                 f"checkpoint={str(newest.folder)!r} was written by {newest.run['world_size']} "
-                "ranks and this run "
-                f"has {comm.world_size()}; start it with {newest.run['world_size']} ranks, or "
-                "with a new output"
+                "ranks "
+                f"and this run has {comm.world_size()}; start it with "
+                f"{newest.run['world_size']} ranks, or with a new output"
             )
+        check(newest)
         engine.load(str(newest.folder), TAG)
         return newest
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain import comm, plugins, storage
-from pretrain.checkpoint import Checkpointer
+from pretrain.checkpoint import Checkpoint, Checkpointer
 from pretrain.data.loader import Loader
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine import Engine, init_distributed
@@ -236,18 +236,19 @@ def _resume(
 ) -> Progress:
     """Progress of the newest committed checkpoint, with engine and loader restored; else a fresh
     start."""
-    found = checkpointer.restore(engine)
+
+    def check(found: Checkpoint) -> None:
+        tokenizer.check(found.run["tokenizer_sha256"])
+        if found.run["data"] != loader.fingerprint:
+            raise DataError(
+                f"data.train has fingerprint {loader.fingerprint[:12]} and checkpoint "
+                f"{str(found.folder)!r} was trained on {found.run['data'][:12]}: sample numbers "
+                "would mean other samples; restore the shards, or start with a new output"
+            )
+
+    found = checkpointer.restore(engine, check)
     if found is None:
         return Progress()
-    tokenizer.check(found.run["tokenizer_sha256"])
-    if found.run["data"] != loader.fingerprint:
-        raise DataError(
-            f"data.train has fingerprint {loader.fingerprint[:12]} and checkpoint "
-            f"{str(found.folder)!r} was trained "
-            f"on {found.run['data'][:12]}: sample numbers would mean other samples; restore the "
-            "shards, or "
-            "start with a new output"
-        )
     loader.load_state_dict(found.run["loader"])
     progress = Progress(**found.run["progress"])
     if comm.is_main():
