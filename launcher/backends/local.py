@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ HELP = "run on this machine, on its GPUs or on CPU ranks"
 _CPU_RANKS = (
     2  # enough to exercise every collective; more ranks than that on one CPU only share its cores
 )
+# A run that was killed a moment ago still holds its port until the kernel has taken it down.
+_PORT_SECONDS = 10.0
 _DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
 
 
@@ -145,14 +148,23 @@ def _check_port(command: tuple[str, ...]) -> None:
     if "--master_port" not in command:
         return
     port = int(command[command.index("--master_port") + 1])
+    give_up = time.monotonic() + _PORT_SECONDS
+    while not _is_free(port):
+        if time.monotonic() > give_up:
+            raise JobError(
+                f"port={port} is in use here; is this run already going? Else pass --port"
+            )
+        time.sleep(0.1)
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise JobError(
-                f"port={port} is in use here; is this run already going? Else pass --port"
-            ) from None
+            return False
+    return True
 
 
 def _log(job: JobSpec) -> str:

@@ -130,12 +130,28 @@ def test_a_taken_port_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     import socket
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "_PORT_SECONDS", 0.3)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(JobError, match=f"port={port} is in use"):
             local.submit(local.plan(JobSpec(name="a", config="c", output="o", port=port)))
+
+
+def test_a_port_that_is_freed_in_time_is_waited_for() -> None:
+    """A run that was killed a moment ago holds its port for a little longer."""
+    import socket
+    import threading
+
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    assert not local._is_free(port)
+    threading.Timer(0.4, taken.close).start()
+    local._check_port(("deepspeed", "--master_port", str(port)))
+    assert local._is_free(port)
 
 
 def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: Any) -> None:
