@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The deepspeed launcher puts --local_rank=N first; ranks are read from the environment.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
     if arguments[:1] == ["train"]:
-        # Until the trainer's own handlers stand, a signal during the slow imports must not kill the
-        # rank with nothing said: it is remembered as "stop before the first step".
+        # Until the trainer's own handlers stand, a signal during the slow imports ends the rank with
+        # the code that says "start it again": no step was made, so there is nothing to save.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: sys.exit(75))
     known = plugins.names(PACKAGE)
@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in known:
-        # Only the chosen command's file is imported in full help: the others may need slow
-        # libraries.
+        # Command files are light at import: each loads what it runs inside `run`.
         module = plugins.load(PACKAGE, name, "command")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         if name == chosen:
