@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The deepspeed launcher puts --local_rank=N first; ranks are read from the environment.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
     if arguments[:1] == ["train"]:
-        # Until the trainer's own handlers stand, a signal during the slow imports ends the rank with
-        # the code that says "start it again": no step was made, so there is nothing to save.
+        # Until the trainer's own handlers stand, a signal during the slow imports ends the rank
+        # with the code that says "start it again": no step was made, there is nothing to save.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: sys.exit(75))
     known = plugins.names(PACKAGE)
