@@ -13,6 +13,21 @@ class DataError(PretrainError):
     """Shards, manifests or samples are missing, changed or unreadable."""
 
 
+class UnreadableShard(DataError):
+    """A shard that stayed unreadable until the deadline, or is not the one that was indexed.
+
+    Attributes:
+        url: of the shard.
+    """
+
+    def __init__(self, message: str, url: str) -> None:
+        super().__init__(message)
+        self.url = url
+
+    def __reduce__(self) -> tuple[type["UnreadableShard"], tuple[str, str]]:
+        return UnreadableShard, (str(self), self.url)  # it crosses from a worker to the rank
+
+
 class TokenizerMismatch(PretrainError):
     """The tokenizer at hand is not the one the weights were trained with."""
 

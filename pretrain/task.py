@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.model.diffdis import DiffDis
 from pretrain.objectives.base import Context, Objective, ObjectiveConfig
 from pretrain.rng import SampleRandom
-from pretrain.types import Batch, Noised, StepOutput
+from pretrain.types import Batch, Noised, StepOutput, TextFeatures
 
 PACKAGE = "pretrain.objectives"
 
@@ -98,8 +98,15 @@ class PretrainTask(nn.Module):
             SampleRandom(self.seed, batch.positions_B),
             batch.images_BCHW.device,
         )
-        z = model.autoencoder.encode(batch.images_BCHW)
-        text, null_c = model.encode_text(batch.tokens_BL, batch.mask_BL)
+        if batch.latents_BCHW is not None:
+            z = batch.latents_BCHW.float()
+        else:
+            z = model.autoencoder.encode(batch.pixels_BCHW)
+        if batch.text is not None:
+            text = TextFeatures(batch.text.c_BLD.float(), batch.text.e_BE.float())
+            null_c = model.null_condition()
+        else:
+            text, null_c = model.encode_text(batch.tokens_BL, batch.mask_BL)
         null_c = null_c.expand_as(text.c_BLD)
 
         t_z = model.image_path.schedule.training_times(rng.uniform("t_z", device))

@@ -13,6 +13,7 @@ import torch
 from pretrain import comm, plugins, storage
 from pretrain.checkpoint import Checkpoint, Checkpointer
 from pretrain.data.loader import Loader
+from pretrain.data.rejects import Ledger
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine import Engine, init_distributed
 from pretrain.errors import DataError
@@ -139,8 +140,9 @@ class _Run:
             name: plugins.load(EVALUATORS, name, "evaluators").build(settings)
             for name, settings in self.settings.items()
         }
+        self.ledger = Ledger(Path(config.output), config.data.max_reject_rate, comm.rank())
+        self.ledger.load_state_dict(progress.rejects)
         self._pending: list[dict[str, torch.Tensor]] = []
-        self._rejects: dict[str, int] = {}
         self._seconds = 0.0
         self._samples = 0
 
@@ -148,9 +150,7 @@ class _Run:
         """Keep a step's metrics on the device; nothing is synchronised before `log`."""
         if step is not None:
             self._pending.append(step.metrics)
-        for reject in rejects:
-            self._rejects[reject.reason] = self._rejects.get(reject.reason, 0) + 1
-            print(f"[data] refused {reject.shard}:{reject.key}: {reject.reason}", flush=True)
+        self.ledger.add(rejects)
         self._seconds += seconds
         self._samples += self.progress.global_batch
 
@@ -160,23 +160,23 @@ class _Run:
         names = self._pending[0] if self._pending else {}
         means = {n: torch.stack([m[n].float() for m in self._pending]).mean().item() for n in names}
         metrics = comm.mean_over_ranks(means)
-        for counts in comm.gather_objects(self._rejects):
-            for reason, count in counts.items():
-                self.progress.rejects[reason] = self.progress.rejects.get(reason, 0) + count
         progress = self.progress
+        self.ledger.merge(comm.gather_objects(self.ledger.take()))
+        progress.rejects = self.ledger.state_dict()
         progress.seconds += self._seconds
         metrics |= {
             "images_per_second": self._samples / self._seconds,
             "lr": self.config.optimizer.rate(progress.samples, self.config.training.samples),
             "gradient_norm": self.engine.gradient_norm(),
             "steps_skipped": float(progress.skipped),
-            "samples_refused": float(sum(progress.rejects.values())),
+            **self.ledger.metrics(progress.samples),
         }
         progress.first = progress.first or metrics
         progress.last = metrics
         self.tracker.metrics(metrics, progress.samples)
         self.display.line(progress.samples, metrics)
-        self._pending, self._rejects, self._seconds, self._samples = [], {}, 0.0, 0
+        self._pending, self._seconds, self._samples = [], 0.0, 0
+        self.ledger.check(progress.samples)
 
     def evaluate(self, wanted: Any) -> None:
         """Run the evaluators for whose settings ``wanted(settings)`` is true. Collective."""
@@ -241,9 +241,10 @@ def _resume(
         tokenizer.check(found.run["tokenizer_sha256"])
         if found.run["data"] != loader.fingerprint:
             raise DataError(
-                f"data.train has fingerprint {loader.fingerprint[:12]} and checkpoint "
-                f"{str(found.folder)!r} was trained on {found.run['data'][:12]}: sample numbers "
-                "would mean other samples; restore the shards, or start with a new output"
+                f"data.train and data.order have fingerprint {loader.fingerprint[:12]} and "
+                f"checkpoint {str(found.folder)!r} was trained on {found.run['data'][:12]}: sample "
+                "numbers would mean other samples; restore the shards and the order's settings, or "
+                "start with a new output"
             )
 
     found = checkpointer.restore(engine, check)

@@ -26,13 +26,16 @@ class Batch:
     """One rank's samples of one micro-step.
 
     Attributes:
-        images_BCHW: fp32 pixels in [-1, 1], 3 channels.
+        images_BCHW: uint8 pixels, 3 channels, as decoded: a quarter of the bytes on the way from
+            the workers to the device. Tests may give fp32 in [-1, 1].
         tokens_BL: int64 token ids, padded to L.
         mask_BL: bool, True at real tokens (the end token included).
         positions_B: int64 global sample numbers; they seed every draw for the sample.
         keys: the samples' names, in order.
         captions: the texts that were tokenised, in order.
         rejects: samples refused while this batch was filled; counted, never silent.
+        latents_BCHW: of encoded data, as stored; the pictures are then of no pixel, (B, 3, 0, 0).
+        text: of encoded text, the captions' features as stored.
     """
 
     images_BCHW: Tensor
@@ -42,16 +45,24 @@ class Batch:
     keys: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     rejects: tuple[Reject, ...] = ()
+    latents_BCHW: Tensor | None = None
+    text: "TextFeatures | None" = None
 
     def __len__(self) -> int:
         return int(self.positions_B.shape[0])
+
+    @property
+    def pixels_BCHW(self) -> Tensor:
+        """What the autoencoder takes: fp32 in [-1, 1], on the batch's device."""
+        x = self.images_BCHW
+        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            if isinstance(value := getattr(self, f.name), Tensor | TextFeatures)
         }
         return dataclasses.replace(self, **moved)
 
@@ -75,6 +86,8 @@ class Batch:
                 keys=self.keys[s],
                 captions=self.captions[s],
                 rejects=self.rejects if i == 0 else (),
+                latents_BCHW=None if self.latents_BCHW is None else self.latents_BCHW[s],
+                text=None if self.text is None else self.text.part(s),
             )
             for i, s in enumerate(slices)
         ]
@@ -91,6 +104,18 @@ class TextFeatures:
 
     c_BLD: Tensor
     e_BE: Tensor
+
+    def part(self, rows: slice) -> Self:
+        """Of some of the samples."""
+        return dataclasses.replace(self, c_BLD=self.c_BLD[rows], e_BE=self.e_BE[rows])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same features on ``device``."""
+        return dataclasses.replace(
+            self,
+            c_BLD=self.c_BLD.to(device, non_blocking=non_blocking),
+            e_BE=self.e_BE.to(device, non_blocking=non_blocking),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What every test shares: one thread a process, the checkout's path, the rule for programs."""
 
+import atexit
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,10 @@ import pytest
 # Before torch is imported anywhere: tests start several processes on few cores, and golden losses
 # need one order of summation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The node's disk cache of shards: of these tests alone, and gone with them.
+_CACHE = tempfile.mkdtemp(prefix="diffdis-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 

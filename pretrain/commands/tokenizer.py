@@ -23,20 +23,16 @@ def run(args: argparse.Namespace) -> int:
     from collections.abc import Iterator
 
     from pretrain.data import tokenizer
-    from pretrain.data.manifest import Manifest
+    from pretrain.data.evalset import read_all
+    from pretrain.data.reader import ReadConfig
     from pretrain.data.samples import Refused, captions_of
-    from pretrain.data.shards import ShardCache
-
-    manifest = Manifest.load(args.data)
-    cache = ShardCache(manifest, 1)
 
     def captions() -> Iterator[str]:
-        for number, shard in enumerate(manifest.shards):
-            for index in range(shard.samples):
-                try:
-                    yield from captions_of(cache.get(number, index)[0])
-                except Refused:
-                    continue
+        for raw in read_all(args.data, ReadConfig()):
+            try:
+                yield from captions_of(raw)
+            except Refused:
+                continue
 
     sha256 = tokenizer.train(captions(), args.out, args.vocab_size)
     print(f"{args.out}: {args.vocab_size} pieces, sha256 {sha256}")

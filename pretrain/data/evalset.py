@@ -2,6 +2,7 @@
 field `name`."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from pretrain import storage
 from pretrain.data.loader import DataConfig
 from pretrain.data.manifest import Manifest
+from pretrain.data.reader import ReadConfig, ShardReader
 from pretrain.data.samples import IMAGE_EXTENSIONS, Bounds, Refused, decode, prepare
-from pretrain.data.shards import RawSample, ShardCache
+from pretrain.data.shards import RawSample
 from pretrain.errors import DataError
 
 
@@ -49,19 +51,18 @@ def load_labelled(manifest_url: str, config: DataConfig) -> LabelledSet:
         DataError: a sample is damaged or has no ``name``: an evaluation set is never silently
             smaller.
     """
-    return _load(
-        manifest_url, storage.sha256(manifest_url), config.size, config.max_bytes, config.max_pixels
-    )
+    sha256 = storage.sha256(manifest_url)
+    return _load(manifest_url, sha256, config.size, config.bounds, config.read)
 
 
 @lru_cache(maxsize=8)
 def _load(
-    manifest_url: str, sha256: str, size: int, max_bytes: int, max_pixels: int
+    manifest_url: str, sha256: str, size: int, bounds: Bounds, read: ReadConfig
 ) -> LabelledSet:
     images, captions, keys = [], [], []
-    for raw in _samples(manifest_url):
+    for raw in read_all(manifest_url, read):
         try:
-            image, _ = decode(raw, Bounds(max_bytes, max_pixels))
+            image, _ = decode(raw, bounds, (size, size))
         except Refused as refused:
             raise DataError(
                 f"evaluation set {manifest_url!r}: sample {raw.key!r} is damaged: {refused}"
@@ -78,7 +79,7 @@ def _load(
 def read_pictures(manifest_url: str) -> list[Picture]:
     """Encoded pictures and names, for those who send them elsewhere to be classified."""
     found = []
-    for raw in _samples(manifest_url):
+    for raw in read_all(manifest_url, ReadConfig()):
         encoded = next((raw.files[e] for e in IMAGE_EXTENSIONS if e in raw.files), None)
         if encoded is None:
             raise DataError(f"evaluation set {manifest_url!r}: sample {raw.key!r} has no image")
@@ -86,12 +87,23 @@ def read_pictures(manifest_url: str) -> list[Picture]:
     return found
 
 
-def _samples(manifest_url: str) -> list[RawSample]:
-    manifest = Manifest.load(manifest_url)
-    cache = ShardCache(manifest, 1)
-    return [
-        cache.get(s, i)[0] for s, shard in enumerate(manifest.shards) for i in range(shard.samples)
-    ]
+def read_all(manifest_url: str, config: ReadConfig) -> Iterator[RawSample]:
+    """Every raw sample of a manifest, in its order; what was refused within a sample is left out.
+
+    Raises:
+        DataError: a shard cannot be read, or a sample has no usable file.
+    """
+    manifest = Manifest.load(manifest_url, config.retry)
+    reader = ShardReader([manifest], config)
+    try:
+        for shard, samples in enumerate(manifest.sizes.tolist()):
+            for index in range(samples):
+                raw, rejects = reader.read(0, shard, index)
+                if raw is None:
+                    raise DataError(f"{manifest_url!r}: sample {index} of shard {shard}: {rejects}")
+                yield raw
+    finally:
+        reader.close()
 
 
 def _name(manifest_url: str, raw: RawSample) -> str:

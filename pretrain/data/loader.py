@@ -8,111 +8,60 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
-from pydantic import Field
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from pretrain.config import Config
-from pretrain.data.manifest import Manifest
-from pretrain.data.sampler import EpochOrder, rank_slice
-from pretrain.data.samples import Bounds, Refused, augment, choose_caption, decode, prepare
-from pretrain.data.shards import ShardCache
+from pretrain.data import encoded
+from pretrain.data.order import rank_numbers
+from pretrain.data.source import DataConfig, Source
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import DataError, PretrainError
+from pretrain.errors import ConfigError, PretrainError
 from pretrain.types import Batch, Reject
 
-
-class DataConfig(Config):
-    """Where samples come from and what is made of them.
-
-    Attributes:
-        train: URL of the training manifest.
-        tokenizer: URL of the sentencepiece model.
-        size: pixels on a side of what the model sees.
-        tokens: length that captions are padded or cut to.
-        shuffle_shards: shards whose samples are shuffled together; that many are kept in memory by
-            a worker.
-        workers: processes of each rank that decode; 0 decodes in the training process.
-        flip: share of pictures that are mirrored.
-        jitter: largest shift, as a share of the side.
-        max_bytes, max_pixels: larger pictures are refused.
-    """
-
-    train: str
-    tokenizer: str
-    size: int = Field(32, ge=8)
-    tokens: int = Field(24, ge=3)
-    shuffle_shards: int = Field(16, ge=1)
-    workers: int = Field(1, ge=0)
-    flip: float = Field(0.0, ge=0, le=1)
-    jitter: float = Field(0.0, ge=0, lt=0.5)
-    max_bytes: int = Field(32 << 20, ge=1)
-    max_pixels: int = Field(64_000_000, ge=1)
+__all__ = ["DataConfig", "Loader"]
 
 
 class _Steps(Dataset[Batch | PretrainError]):
     """Item: sample numbers of a rank's batch -> that batch, or the error that prevents it."""
 
-    def __init__(
-        self, config: DataConfig, manifest: Manifest, tokenizer: Tokenizer, seed: int
-    ) -> None:
-        self.config, self.manifest, self.tokenizer, self.seed = config, manifest, tokenizer, seed
-        self.order = EpochOrder([s.samples for s in manifest.shards], seed, config.shuffle_shards)
-        self.bounds = Bounds(config.max_bytes, config.max_pixels)
-        # Made in the worker: a file system opened before a fork hangs.
-        self._cache: ShardCache | None = None
+    def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
+        self.config, self.source, self.tokenizer = config, source, tokenizer
+        self._looked = 0
 
     def __getitem__(self, numbers: range) -> Batch | PretrainError:
         try:
+            self._look_ahead(numbers)
             return self._batch(numbers)
         except PretrainError as error:
             return error  # the rank raises it: torch would put a worker's traceback into its text
 
     def _batch(self, numbers: range) -> Batch:
-        c = self.config
-        images, captions, keys = [], [], []
-        rejects: list[Reject] = []
-        for number in numbers:
-            raw_image, texts, key = self._usable(number, rejects)
-            images.append(augment(prepare(raw_image, c.size), c.flip, c.jitter, self.seed, number))
-            captions.append(choose_caption(texts, self.seed, number))
-            keys.append(key)
-        tokens, mask = self.tokenizer.encode(captions, c.tokens)
+        samples = self.source.samples(numbers)
+        captions = tuple(s.caption for s in samples)
+        tokens, mask = self.tokenizer.encode(captions, self.config.tokens)
+        rejects: list[Reject] = [r for s in samples for r in s.rejects]
         return Batch(
-            torch.stack(images),
+            torch.stack([s.picture_CHW for s in samples]),
             tokens,
             mask,
-            torch.tensor(list(numbers)),
-            tuple(keys),
-            tuple(captions),
+            torch.tensor(numbers),
+            tuple(s.key for s in samples),
+            captions,
             tuple(rejects),
+            *encoded.stack([s.features for s in samples if s.features is not None]),
         )
 
-    def _usable(self, number: int, rejects: list[Reject]) -> tuple[Any, list[str], str]:
-        """Sample ``number``, or, where it is refused, the next good one of its shuffling window."""
-        if self._cache is None:
-            self._cache = ShardCache(self.manifest, self.config.shuffle_shards + 1)
-        start, end = self.order.window_of(number)
-        for offset in range(end - start):
-            raw, odd = self._cache.get(
-                *self.order.locate(start + (number - start + offset) % (end - start))
-            )
-            if offset == 0:  # what is wrong with a substitute is counted at its own place
-                rejects += odd
-            try:
-                image, texts = decode(raw, self.bounds)
-            except Refused as refused:
-                if offset == 0:
-                    rejects.append(Reject(refused.reason, raw.shard, raw.key))
-                continue
-            return image, texts, raw.key
-        raise DataError(
-            f"no sample of the {end - start} shuffled with number {number} can be used (the last: "
-            f"{rejects[-1]}); "
-            "see `python -m pretrain data verify`"
-        )
+    def _look_ahead(self, numbers: range) -> None:
+        """Twice in each stretch of ``ahead_samples``, fetch the shards of the next."""
+        reach = self.config.read.ahead_samples * numbers.step
+        if not reach or numbers.start < self._looked:
+            return
+        self._looked = numbers.start + reach // 2
+        info = get_worker_info()
+        part = (info.id, info.num_workers) if info else (0, 1)
+        self.source.ahead(range(numbers.start, numbers.start + reach, numbers.step), part)
 
 
 class _Schedule(Sampler[range]):
@@ -124,7 +73,7 @@ class _Schedule(Sampler[range]):
     def __iter__(self) -> Iterator[range]:
         start = self.start
         while True:
-            yield rank_slice(start, self.global_batch, self.rank, self.world)
+            yield rank_numbers(start, self.global_batch, self.rank, self.world)
             start += self.global_batch
 
 
@@ -136,11 +85,12 @@ class Loader:
         tokenizer: of the captions.
         seed: of the order, the captions and the augmentation.
         global_batch: samples of a step over all ranks.
-        rank, world: this rank takes the ``rank``-th of ``world`` equal slices of each global batch.
+        rank, world: this rank takes every ``world``-th sample, from the ``rank``-th on: with the
+            order's lanes, ranks then read different shards.
         start: global number of the first sample.
 
     Raises:
-        ConfigError: the batch does not divide by the ranks.
+        ConfigError: the batch does not divide by the ranks, or a bucket's group by the batch.
         DataError: the manifest is missing or empty.
     """
 
@@ -154,21 +104,33 @@ class Loader:
         world: int,
         start: int = 0,
     ) -> None:
-        rank_slice(start, global_batch, rank, world)  # says what is wrong before anything is read
+        # Says what is wrong before anything is read.
+        rank_numbers(start, global_batch, rank, world)
+        if config.bucket_group and config.bucket_group % global_batch:
+            raise ConfigError(
+                f"data.bucket_group={config.bucket_group} is not a multiple of "
+                f"training.global_batch={global_batch}; a batch has one shape: try {global_batch}"
+            )
         self.config, self.global_batch, self.rank, self.world = config, global_batch, rank, world
-        self.manifest = Manifest.load(config.train)
         self.next_sample = start
-        self._steps = _Steps(config, self.manifest, tokenizer, seed)
+        self.source = Source(config, seed)
+        self._steps = _Steps(config, self.source, tokenizer)
 
     @property
     def num_samples(self) -> int:
         """Samples in one epoch."""
-        return self.manifest.num_samples
+        return self.source.num_samples
 
     @property
     def fingerprint(self) -> str:
-        """Of the manifest: what sample numbers refer to."""
-        return self.manifest.fingerprint
+        """Of all that sample numbers depend on: shards and order."""
+        return self.source.fingerprint
+
+    @property
+    def encodings(self) -> list[encoded.Encoding]:
+        """What made each data set, where they are encoded; ``text`` where it is used."""
+        found = self.source.encodings
+        return found if self.config.encoded_text else [replace(e, text=None) for e in found]
 
     def __iter__(self) -> Iterator[Batch]:
         schedule = _Schedule(self.next_sample, self.global_batch, self.rank, self.world)

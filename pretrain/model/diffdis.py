@@ -14,7 +14,12 @@ from pretrain.model.autoencoder import (
     build_autoencoder,
 )
 from pretrain.model.dual_stream import DualStreamUNet
-from pretrain.model.text_encoder import TextEncoder, TextEncoderConfig
+from pretrain.model.text_encoder import (
+    PREFIX,
+    FrozenTextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from pretrain.model.text_stream import TextStreamConfig
 from pretrain.model.unet import UNetConfig
 from pretrain.types import ModelOutput, Noised, TextFeatures
@@ -86,7 +91,8 @@ class DiffDis(nn.Module):
         self._autoencoder = (autoencoder or build_autoencoder(config.autoencoder),)
         self.image_path = build_path(config.image_path)
         self.text_path = build_path(config.text_path)
-        self.text_encoder = TextEncoder(config.text_encoder, vocab_size)
+        # No submodule where it is frozen, for the same reason.
+        self.text_encoder = build_text_encoder(config.text_encoder, vocab_size)
         self.trunk = DualStreamUNet(
             config.unet,
             config.text_stream,
@@ -110,6 +116,23 @@ class DiffDis(nn.Module):
         return (self.autoencoder.channels, side, side)
 
     @property
+    def frozen_text_encoder(self) -> FrozenTextEncoder | None:
+        """The text encoder where it is frozen."""
+        encoder = self.text_encoder
+        return encoder if isinstance(encoder, FrozenTextEncoder) else None
+
+    def portable(self) -> tuple[ModelConfig, dict[str, Tensor]]:
+        """Definition and weights that stand on their own: those of a frozen text encoder are among
+        them, so that nobody needs the folder they came from."""
+        weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
+        frozen = self.frozen_text_encoder
+        if frozen is None:
+            return self.config, weights
+        own = {PREFIX + name: p for name, p in frozen.encoder.named_parameters()}
+        text = self.config.text_encoder.model_copy(update={"frozen_from": None})
+        return self.config.model_copy(update={"text_encoder": text}), weights | own
+
+    @property
     def dtype(self) -> torch.dtype:
         """Computation type of the weights."""
         return self.trunk.unet.conv_in.weight.dtype
@@ -123,6 +146,10 @@ class DiffDis(nn.Module):
         mask = torch.cat([mask_BL, self.null_mask_L[None, : mask_BL.shape[1]].to(mask_BL.device)])
         features = self.text_encoder(tokens, mask)
         return TextFeatures(features.c_BLD[:-1], features.e_BE[:-1]), features.c_BLD[-1:]
+
+    def null_condition(self) -> Tensor:
+        """The null prompt's condition alone, (1, L, D)."""
+        return self.text_encoder(self.null_tokens_L[None], self.null_mask_L[None]).c_BLD
 
     def forward(
         self, noised: Noised, generation: bool = True, alignment: bool = True

@@ -4,24 +4,34 @@ Parameters lie in leaf modules that return tensors: under ZeRO-3 each is then ga
 hook.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.config import Config
+from pretrain.config import Config, build
+from pretrain.errors import ConfigError
+from pretrain.model.identity import digest
 from pretrain.types import TextFeatures
+
+PREFIX = "text_encoder."  # of its weights in an exported model
 
 
 class TextEncoderConfig(Config):
-    """A transformer trained from scratch with the trunk.
+    """A transformer, trained from scratch with the trunk unless it is frozen.
 
     Attributes:
         width: D, the width of c.
         query_dim: E, the width of e.
         layers, heads: of the transformer.
         length: most tokens of a text, begin and end tokens included.
+        frozen_from: folder of an exported model whose text encoder is used as it is; the other
+            fields must be its own. None: the encoder is trained.
     """
 
     width: int = Field(192, ge=8)
@@ -29,6 +39,7 @@ class TextEncoderConfig(Config):
     layers: int = Field(3, ge=1)
     heads: int = Field(3, ge=1)
     length: int = Field(24, ge=3)
+    frozen_from: str | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TextEncoderConfig":
@@ -75,3 +86,94 @@ class TextEncoder(nn.Module):
         last_B = mask_BL.sum(1) - 1  # the end token
         e_BE = self.query(c_BLD[torch.arange(len(c_BLD), device=c_BLD.device), last_B])
         return TextFeatures(c_BLD, F.normalize(e_BE.float(), dim=-1))
+
+
+class FrozenTextEncoder:
+    """The text encoder of an exported model, as it is. Not a module: it must be neither partitioned
+    nor optimised nor saved. (Its weights go into the export of the model that was trained with it.)
+
+    Args:
+        folder: of the exported model.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        try:
+            tree = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.config = build(TextEncoderConfig, tree["model"]["text_encoder"])
+            self.tokenizer_sha256 = str(tree["tokenizer_sha256"])
+            with safe_open(self.folder / "model.safetensors", framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
+                state = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+            encoder = TextEncoder(self.config, len(state["token.weight"]))
+            encoder.load_state_dict(state, assign=True)
+        except (
+            *(OSError, ValueError, LookupError, TypeError, RuntimeError),
+            *(SafetensorError, ConfigError),
+        ) as error:
+            raise ConfigError(
+                f"model.text_encoder.frozen_from={str(folder)!r} is not an exported model with a "
+                f"text encoder ({error}); export one with `python -m pretrain export`"
+            ) from None
+        self.encoder = encoder.eval().requires_grad_(False)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer it was trained with."""
+        return self.encoder.token.num_embeddings
+
+    @property
+    def sha256(self) -> str:
+        """Of all that decides its features: weights, shape and tokenizer."""
+        fields = self.config.model_dump(mode="json", exclude={"frozen_from"})
+        return digest({**fields, "tokenizer": self.tokenizer_sha256}, self.encoder.state_dict())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """None of which needs a gradient."""
+        return self.encoder.parameters()
+
+    @torch.no_grad()
+    def __call__(self, tokens_BL: Tensor, mask_BL: Tensor) -> TextFeatures:
+        """As `TextEncoder`."""
+        features: TextFeatures = self.encoder.to(tokens_BL.device)(tokens_BL, mask_BL)
+        return features
+
+    def check(self, config: TextEncoderConfig, vocab_size: int) -> None:
+        """Refuse a configuration of another text encoder.
+
+        Raises:
+            ConfigError: a field differs.
+        """
+        for name in TextEncoderConfig.model_fields:
+            given, own = getattr(config, name), getattr(self.config, name)
+            if given != own and name != "frozen_from":
+                raise ConfigError(
+                    f"model.text_encoder.{name}={given}, but the encoder in frozen_from="
+                    f"{str(self.folder)!r} has {own}; make them equal"
+                )
+        if vocab_size != self.vocab_size:
+            raise ConfigError(
+                f"data.tokenizer has {vocab_size} pieces, but the encoder in "
+                f"model.text_encoder.frozen_from={str(self.folder)!r} was trained with "
+                f"{self.vocab_size}; give the tokenizer.model of that folder"
+            )
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, vocab_size: int
+) -> TextEncoder | FrozenTextEncoder:
+    """The text encoder of ``config``: a new one, or the frozen one of an exported model.
+
+    Raises:
+        ConfigError: the folder of a frozen one holds none, or another.
+    """
+    if config.frozen_from is None:
+        return TextEncoder(config, vocab_size)
+    frozen = FrozenTextEncoder(config.frozen_from)
+    frozen.check(config, vocab_size)
+    return frozen

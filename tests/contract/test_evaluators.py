@@ -10,10 +10,10 @@ from PIL import Image
 
 from pretrain import config as configs
 from pretrain import plugins
-from pretrain.data import manifest
+from pretrain.data import index
 from pretrain.data.emoji import write_shard
-from pretrain.data.manifest import Manifest
-from pretrain.data.shards import ShardCache
+from pretrain.data.evalset import read_all
+from pretrain.data.reader import ReadConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.evaluators.base import EvaluatorConfig, Result, Subject, share
@@ -37,11 +37,11 @@ NEEDED: dict[str, dict[str, Any]] = {
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The manifest of a dozen pictures of the committed corpus."""
     folder = tmp_path_factory.mktemp("labelled")
-    cache = ShardCache(Manifest.load(str(ROOT / "data/emoji/heldout-concepts.json")), 1)
-    raw = [cache.get(0, i)[0] for i in range(PICTURES)]
+    everything = read_all(str(ROOT / "data/emoji/heldout-concepts.json"), ReadConfig())
+    raw = [r for r, _ in zip(everything, range(PICTURES), strict=False)]
     write_shard(folder / "0.tar.gz", [{"__key__": r.key, **r.files} for r in raw])
     url = str(folder / "small.json")
-    manifest.build([str(folder / "0.tar.gz")], str(folder)).save(url)
+    index.build([str(folder / "0.tar.gz")], url)
     return url
 
 

@@ -22,7 +22,7 @@ LAYERS: dict[str, list[str]] = {
         "engine",
         "checkpoint evaluators/ tracking/ registry pyfunc_model",
         "run_config plan",
-        "train export summary",
+        "train export summary encode encoders",
         "commands/ __main__",
     ],
     "launcher": [

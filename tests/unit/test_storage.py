@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from pretrain import storage
+from pretrain.errors import DataError
 
 
 @pytest.fixture(params=["local", "file://", "memory://"])
@@ -100,3 +101,51 @@ def test_bytes_are_on_disk_before_they_get_their_name(
     monkeypatch.setattr(os, "replace", lambda a, b: order.append("rename") or replace(a, b))
     storage.write_bytes(str(tmp_path / "x"), b"new")
     assert order == ["fsync", "rename"]
+
+
+def test_ranges_sizes_and_parts(folder: str) -> None:
+    url, data = storage.join(folder, "x"), os.urandom(1000)
+    storage.write_bytes(url, data)
+    assert storage.size(url) == 1000
+    for start, end in ((0, 1000), (0, 1), (999, 1000), (400, 700), (5, 5), (1000, 1000)):
+        assert storage.read_range(url, start, end) == data[start:end]
+    for part in (1, 300, 1000, 5000):
+        assert b"".join(storage.read_parts(url, 1000, part_bytes=part)) == data
+    with pytest.raises(ValueError, match="start=7"):
+        storage.read_range(url, 7, 3)
+
+
+def test_another_length_than_indexed_is_an_error(folder: str) -> None:
+    url = storage.join(folder, "x")
+    storage.write_bytes(url, bytes(1000))
+    with pytest.raises(DataError, match=r"1000 bytes.*1001"):
+        storage.read_range(url, 990, 1001)
+    for wrong in (999, 1001):
+        with pytest.raises(DataError, match=f"1000 bytes, {wrong} were indexed"):
+            list(storage.read_parts(url, wrong))
+
+
+def test_fetch_copies_and_says_the_hash(folder: str, tmp_path: Path) -> None:
+    url, data = storage.join(folder, "x"), os.urandom(1000)
+    storage.write_bytes(url, data)
+    expected, path = hashlib.sha256(data).hexdigest(), tmp_path / "copy" / "x"
+    assert storage.fetch(url, str(path), 1000, part_bytes=64, sha256=expected) == expected
+    assert path.read_bytes() == data
+    with pytest.raises(FileNotFoundError):
+        storage.fetch(storage.join(folder, "none"), str(path))
+    with pytest.raises(DataError, match="sha256"):
+        storage.fetch(url, str(path), sha256="0" * 64)
+    assert path.read_bytes() == data and len(list(path.parent.iterdir())) == 1
+
+
+def test_a_file_is_put_whole(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"some bytes")
+    storage.put_file(str(tmp_path / "source"), storage.join(folder, "b", "x"))
+    assert storage.read_bytes(storage.join(folder, "b", "x")) == b"some bytes"
+
+
+def test_a_folder_exists_and_has_no_bytes(folder: str) -> None:
+    storage.write_bytes(storage.join(folder, "b", "x"), b"1")
+    assert storage.exists(storage.join(folder, "b"))
+    with pytest.raises((DataError, IsADirectoryError)):
+        storage.read_bytes(storage.join(folder, "b"))

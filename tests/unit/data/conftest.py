@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pretrain.data import manifest, tokenizer
+from pretrain.data import index as indexer
+from pretrain.data import tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 # Imported once, not by each worker anew: a dozen loaders with workers then start in no time.
@@ -48,7 +49,7 @@ def write_tar(path: Path, members: Sequence[Member | tarfile.TarInfo]) -> str:
 def index(folder: Path, urls: Sequence[str]) -> str:
     """A manifest of ``urls`` in ``folder``."""
     url = str(folder / "manifest.json")
-    manifest.build(urls, str(folder)).save(url)
+    indexer.build(urls, url)
     return url
 
 
