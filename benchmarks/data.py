@@ -19,10 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._data import corpus, environment, process
-from benchmarks._data.measure import Task
+from benchmarks._data import corpus, environment, memory, process, s3
+from benchmarks._data.measure import Task, spread
 
 BATCH, SIZE = 64, 256
+TOKENIZER = str(corpus.ROOT / "data" / "emoji" / "tokenizer.model")
 GOAL_OF_LIMIT = 0.95
 
 
@@ -54,7 +55,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.peers_python = environment.peers_python() if args.peers == "all" else None
-        source = Path(args.corpus).resolve() if args.corpus else corpus.study()
+        self.source = source = Path(args.corpus).resolve() if args.corpus else corpus.study()
         folder = environment.cache_folder() / f"shards-{source.name}-{args.samples}"
         self.shards = corpus.shards(source, args.samples, folder / "tar")
         self.manifest = corpus.manifest(self.shards, folder / "index")
@@ -84,13 +85,13 @@ class Bench:
         assert self.peers_python is not None
         return self.peers_python
 
-    def run(self, contestant: Contestant, mode: str) -> dict[str, Any]:
-        """Its result, or ``{"failed": its last lines}``."""
-        task = Task(
+    def task(self, contestant: Contestant, mode: str) -> Task:
+        """What its process is given."""
+        return Task(
             mode=mode,
             shards=tuple(self.shards),
             manifest=str(self.manifest),
-            tokenizer=str(corpus.ROOT / "data" / "emoji" / "tokenizer.model"),
+            tokenizer=TOKENIZER,
             converted=str(self.folder / contestant.module),
             batch=BATCH,
             workers=self.args.workers,
@@ -98,8 +99,13 @@ class Bench:
             warm_up=self.warm_up,
             batches=self.batches,
         )
+
+    def run(self, contestant: Contestant, mode: str) -> dict[str, Any]:
+        """Its result, or ``{"failed": its last lines}``."""
         try:
-            return process.run(str(self.python(contestant)), module(contestant), task)
+            return process.run(
+                str(self.python(contestant)), module(contestant), self.task(contestant, mode)
+            )
         except process.Failed as error:
             print(f"{contestant.name} failed:\n{error}", file=sys.stderr)
             return {"failed": str(error)}
@@ -162,7 +168,8 @@ def summary(found: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]
         table[name] = {
             "images_per_second": spread(rates),
             "of_limit": spread(ratios),
-            "first_batch_seconds": median(r[name]["first_batch_seconds"] for r in good),
+            # (The limit has no first batch.)
+            "first_batch_seconds": median(r[name].get("first_batch_seconds", 0.0) for r in good),
             "peak_rss_mib": max(r[name]["peak_rss_mib"] for r in good),
         }
     return table
@@ -173,11 +180,6 @@ def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": median(values), "least": min(values), "greatest": max(values)}
 
 
 def ahead(found: list[dict[str, dict[str, Any]]], peer: str) -> dict[str, float] | None:
@@ -232,6 +234,25 @@ def judge(bench: Bench, report: dict[str, Any]) -> list[dict[str, Any]]:
             goals.append(
                 goal(f"ours ahead of {peer.name}", bool(lead and lead["median"] > 1), text)
             )
+    if "memory" in report:
+        few, *_, many = report["memory"].values()
+        growth = many["anonymous_mib"] / few["anonymous_mib"]
+        figures = "; ".join(
+            f"{n:,} shards {m['anonymous_mib']:.0f} MiB (RSS {m['rss_mib']:.0f})"
+            for n, m in report["memory"].items()
+        )
+        goals.append(goal("memory flat in shards", growth <= memory.FLAT, figures))
+    if "s3" in report:
+        found = report["s3"]["found"]
+        for what, ratio in (("MB/s", "of_raw"), ("images/s", "of_raw_images")):
+            part = report["s3"][ratio]
+            ours, raw = ("ours", "raw") if what == "MB/s" else ("ours_images", "raw_images")
+            figures = (
+                f"{part['median']:.3f} ({part['least']:.3f}-{part['greatest']:.3f}), "
+                f"{median(found[ours]):.0f} of {median(found[raw]):.0f} {what}"
+            )
+            met = part["median"] >= s3.GOAL
+            goals.append(goal(f"from S3 >= {s3.GOAL} of a loop of GETs, {what}", met, figures))
     return goals
 
 
@@ -265,6 +286,12 @@ def main() -> int:
     report["rounds"] = rounds(bench)
     report["table"] = summary(report["rounds"]) if report["rounds"] else {}
     show(report["table"])
+    if not args.no_memory:
+        task = {"tokenizer": TOKENIZER, "batch": BATCH}
+        report["memory"] = memory.by_shards(bench.source, bench.folder, task)
+    if args.s3:
+        task = bench.task(OURS, "rate")
+        report["s3"] = s3.run(bench.source, args.samples, bench.folder, args.repeats, task)
     report["goals"] = judge(bench, report)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,7 @@ class Remote:
         except Exception as error:
             if not is_transient(error):
                 raise DataError(f"{shown(self.url)}: {self._words(error)}{_hint(error)}") from error
+            self.check_stop()
             raise DataError(
                 f"{shown(self.url)} was not to be had in {time.monotonic() - begun:.1f} s and "
                 f"{tries} tries; the last error was {self._words(error)}. Check the address, the "

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Task:
         converted: folder of the shards as the contestant keeps them.
         batch, workers, size: samples of a batch, processes, pixels on a side.
         warm_up, batches: batches before the clock starts, and on the clock.
+        started: when the process was started, by the clock of the day.
+        cache: of our loader, for remote shards.
     """
 
     mode: str
@@ -41,6 +42,8 @@ class Task:
     size: int
     warm_up: int
     batches: int
+    started: float = 0.0
+    cache: str = ""
 
 
 # (images (B, 3, size, size) uint8, the captions), endless or not.
@@ -57,7 +60,7 @@ def main(make: Callable[[Task], Batches]) -> None:
 def rate(task: Task, batches: Iterator[tuple[Any, Iterable[str]]]) -> dict[str, float]:
     """Images a second, and seconds from the process's start to the first batch."""
     _check(task, next(batches)[0])
-    first_seconds = time.time() - STARTED
+    first_seconds = time.time() - task.started
     for _ in range(task.warm_up - 1):
         next(batches)
     start = time.perf_counter()
@@ -91,3 +94,8 @@ def _check(task: Task, images: Any) -> None:
     expected = (task.batch, 3, task.size, task.size)
     if tuple(images.shape) != expected or "uint8" not in str(images.dtype):
         raise SystemExit(f"a batch is {tuple(images.shape)} {images.dtype}, not {expected} uint8")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": median(values), "least": min(values), "greatest": max(values)}

@@ -3,48 +3,65 @@ lists. The samples are few and real; the manifest lists them again and again."""
 
 import json
 import multiprocessing
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from benchmarks._data import corpus, process
 
 SHARDS = (10, 1_000, 100_000)
-BATCHES = 50
-FLAT = 1.10  # most against fewest shards
+SAMPLES_PER_SHARD = 64
+BATCHES = 50  # after which it is looked at
+FLAT = 1.10  # goal: most shards against fewest
 
 
-def repeat(few: str, shards: int, folder: Path, url_folder: str | None = None) -> Path:
+def by_shards(source: Path, folder: Path, task: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """For each number of shards: ``anonymous_mib`` and ``rss_mib`` of the two processes together,
+    and the seconds to the first batch."""
+    tars = corpus.shards(source, 10 * SAMPLES_PER_SHARD, folder / "few", SAMPLES_PER_SHARD)
+    few = corpus.manifest(tars, folder / "few-index")
+    found = {}
+    for shards in SHARDS:
+        out = folder / "many"
+        shutil.rmtree(out, ignore_errors=True)
+        listed = {"manifest": str(repeat(few, shards, out))}
+        found[shards] = process.run(sys.executable, __name__, task | listed)
+    return found
+
+
+def repeat(few: Path, shards: int, folder: Path, url_folder: str | None = None) -> Path:
     """A manifest of ``shards`` entries, the shards of manifest ``few`` in turn, in ``folder``.
 
     Args:
         url_folder: where the shards are taken to be, under new names ``NUMBER.tar``; None: where
             they are.
     """
-    from pretrain.data.manifest import Manifest, Shards, members_of
+    import numpy as np
 
-    real = Manifest.load(few)
+    from pretrain.data.manifest import ROW, Manifest, Shards, members_of
+
+    real = Manifest.load(str(few))
     which = [number % len(real.shards) for number in range(shards)]
-    columns = {name: list(column[which]) for name, column in real.shards.columns.items()}
-    columns["aspects"] = [tuple(a.tolist()) for a in columns["aspects"]]
+    columns = {name: column[which].tolist() for name, column in real.shards.columns.items()}
     for name in ("sha256", "version"):
         columns[name] = [value.decode() for value in columns[name]]
     columns["url"] = [
         f"{url_folder}/{n:08d}.tar" if url_folder else real.url(i) for n, i in enumerate(which)
     ]
-    out = folder / f"{shards}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    Manifest(Shards.of_columns(columns), str(folder)).save(str(out))
-    rows = np.fromfile(real.members_url, np.uint8).reshape(real.num_samples, -1)
-    parts = [rows[a:b] for a, b in zip(real.starts, real.starts[1:], strict=False)]
-    with open(members_of(str(out)), "wb") as stream:
-        for i in which:
-            stream.write(parts[i].tobytes())
-    return out
+    out = str(folder / "many.json")
+    Manifest(Shards.of_columns(columns), str(folder)).save(out)
+    rows = np.fromfile(real.members_url, ROW)
+    with open(members_of(out), "wb") as stream:
+        for number in which:
+            rows[real.starts[number] : real.starts[number + 1]].tofile(stream)
+    return Path(out)
 
 
 def main() -> None:
-    """MiB once batches have flowed for a while, and the seconds until the first."""
+    """Measure one manifest."""
     from pretrain.data.loader import DataConfig, Loader
     from pretrain.data.tokenizer import Tokenizer
 
@@ -57,16 +74,16 @@ def main() -> None:
     first_seconds = time.perf_counter() - began
     for _ in range(BATCHES):
         next(batches)
-    found = {"anonymous_mib": 0.0, "rss_mib": 0.0}
+    found = {"anonymous_mib": 0.0, "rss_mib": 0.0, "first_batch_seconds": first_seconds}
     (worker,) = (p for p in multiprocessing.active_children() if p.daemon)
-    for pid in ("self", worker.pid):
+    for pid in ("self", str(worker.pid)):
         status = Path(f"/proc/{pid}/status").read_text()
         fields = dict(line.split(":", 1) for line in status.splitlines())
-        # Pages of the member table, which is mapped, count in the second, and cost nothing that
-        # another process would miss.
+        # The second holds libraries and mapped pages of the member table too: pages of files,
+        # which the kernel takes back when it needs them.
         found["anonymous_mib"] += int(fields["RssAnon"].split()[0]) / 1024
         found["rss_mib"] += int(fields["VmRSS"].split()[0]) / 1024
-    Path(sys.argv[2]).write_text(json.dumps(found | {"first_batch_seconds": first_seconds}))
+    Path(sys.argv[2]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

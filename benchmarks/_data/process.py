@@ -6,20 +6,23 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks._data.corpus import ROOT
 from benchmarks._data.measure import Task
 
-SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Failed(Exception):
     """A contestant's process ended with an error; the message is its last lines."""
 
 
-def run(python: str, module: str, task: Task | dict[str, Any]) -> dict[str, Any]:
+def run(
+    python: str, module: str, task: Task | dict[str, Any], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The result of ``python -m module`` on ``task``, with ``peak_rss_mib``: the largest sum of
     resident memory over the process and its descendants (shared pages count in each).
 
@@ -28,12 +31,13 @@ def run(python: str, module: str, task: Task | dict[str, Any]) -> dict[str, Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         given, result, log = (Path(folder) / name for name in ("task", "result", "log"))
-        given.write_text(json.dumps(task if isinstance(task, dict) else vars(task)))
+        fields = task if isinstance(task, dict) else asdict(replace(task, started=time.time()))
+        given.write_text(json.dumps(fields))
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [python, "-m", module, str(given), str(result)],
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
                 stdout=stream,
                 stderr=stream,
             )

@@ -74,7 +74,6 @@ class ShardCache:
             DataError: it stays unreachable, is another one than expected or damaged; or the cache
                 cannot hold it.
         """
-        self._check_fits(url, bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         # Content is part of the name: a shard that was indexed anew is another entry.
         text = f"{url}\n{bytes}\n{sha256}\n{unpack}"
@@ -194,7 +193,7 @@ class ShardCache:
                 raise DataError(
                     f"{storage.shown(url)} needs {total} bytes of the shard cache {self.folder}, "
                     f"and downloads under way hold {others} of {self.limit_bytes}; raise "
-                    "data.cache_gib"
+                    "data.read.cache_gib"
                 )
             os.utime(writer)  # a sign of life for who waits for this entry
             self._pause(0.1, url)
@@ -249,16 +248,16 @@ class ShardCache:
                     entries[0][2].unlink(missing_ok=True)
                 else:
                     raise DataError(
-                        f"data.cache={str(self.folder)!r} is on a full disk, and nothing is left "
-                        "to evict; free some space, or set data.cache to a larger disk"
+                        f"data.read.cache={str(self.folder)!r} is on a full disk, and nothing is "
+                        "left to evict; free some space, or set data.read.cache to a larger disk"
                     ) from None
 
     def _check_fits(self, url: str, total: int) -> None:
         if total > self.limit_bytes:
             raise DataError(
                 f"{storage.shown(url)} needs {total} bytes of the shard cache, "
-                f"data.cache_gib={self.limit_bytes / (1 << 30):g} allows {self.limit_bytes}; raise "
-                "it, or set data.access=ranged"
+                f"data.read.cache_gib={self.limit_bytes / (1 << 30):g} allows {self.limit_bytes}; "
+                "raise it, or set data.read.access=ranged"
             )
 
     @contextmanager

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pretrain import storage
 from pretrain.data import page
+from pretrain.data.show import escape, number, plain
 from pretrain.data.source import Place, Source
-from pretrain.data.svg import escape, number
 
 TILE = 128  # pixels of a picture on the sheet, at least
 TASK = 64  # samples read at a time
@@ -103,7 +103,7 @@ def _shard(source: Source, place: Place) -> str:
 def table(lines: Sequence[Line], width: int | None = None) -> str:
     """A line a sample; captions are cut to ``width`` columns in all, if given."""
     several = len({line.dataset for line in lines}) > 1
-    rows = [("number", "epoch", "rank", "shard", "index", "key", "caption")]
+    rows: list[tuple[str, ...]] = [("number", "epoch", "rank", "shard", "index", "key", "caption")]
     for line in lines:
         rows.append(
             (
@@ -112,10 +112,11 @@ def table(lines: Sequence[Line], width: int | None = None) -> str:
                 f"{line.rank}",
                 _where(line, several),
                 f"{line.index}",
-                _flat(line.key),
-                _flat(line.caption) + _replaced(line),
+                line.key,
+                line.caption + _replaced(line),
             )
         )
+    rows = [tuple(plain(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = []
     for row in rows:
@@ -136,15 +137,10 @@ def _where(line: Line, several: bool) -> str:
 
 def _replaced(line: Line) -> str:
     if line.instead is None:
-        return f"  [{_flat(line.refused)}]" if line.refused else ""
+        return f"  [{line.refused}]" if line.refused else ""
     shard, index = line.instead
     where = f"{shard.rpartition('/')[2]} index {index}"
-    return f"  [refused: {_flat(line.refused)}; in its place {where}]"
-
-
-def _flat(text: str) -> str:
-    """One line, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return f"  [refused: {line.refused}; in its place {where}]"
 
 
 def sheet(lines: Sequence[Line], columns: int = 8) -> Image.Image:
@@ -163,7 +159,7 @@ def sheet(lines: Sequence[Line], columns: int = 8) -> Image.Image:
         whole.paste(image, (x, y))
         colour = "#b23c17" if line.refused else "#666a71"
         head = f"{line.number}  rank {line.rank}" + ("  replaced" if line.instead else "")
-        for row, text, ink in ((0, head, colour), (1, _flat(line.caption), "#1d1e20")):
+        for row, text, ink in ((0, head, colour), (1, plain(line.caption), "#1d1e20")):
             while len(text) > 2 and draw.textlength(text, font=font) > wide:
                 text = f"{text[:-2]}…"
             draw.text((x, y + tall + 2 + 14 * row), text, fill=ink, font=font)

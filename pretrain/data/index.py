@@ -350,7 +350,10 @@ def _map(
     with ProcessPoolExecutor(parallel, mp_context=get_context("forkserver")) as pool:
         # A bounded window of submissions: 100,000 pending results would all be held.
         waiting = iter(urls)
-        running = {pool.submit(work, url): url for _, url in zip(range(2 * parallel), waiting)}
+        running = {
+            pool.submit(work, url): url
+            for _, url in zip(range(2 * parallel), waiting, strict=False)
+        }
         while running:
             done = next(as_completed(running))
             url = running.pop(done)

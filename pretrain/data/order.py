@@ -467,10 +467,12 @@ def _share(slots: U64, share: U64, phase: U64, total: U64) -> U64:
     division with two digits of 22 bits."""
     bits = np.uint64(22)
     high = slots >> bits
-    quotient = high * share // total
-    rest = high * share - quotient * total
-    low = slots - (high << bits)
-    return (quotient << bits) + ((rest << bits) + low * share + phase) // total
+    product: U64 = high * share
+    quotient: U64 = product // total
+    rest: U64 = product - quotient * total
+    low: U64 = slots - (high << bits)
+    below: U64 = (rest << bits) + low * share + phase
+    return (quotient << bits) + below // total
 
 
 def _largest_remainder(weights: Sequence[float]) -> list[int]:

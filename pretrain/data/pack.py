@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, set_forkserver_preload
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
@@ -217,6 +217,7 @@ class _Shard:
     def drop(self) -> None:
         """Leave nothing of an unfinished tar."""
         if self._stream is not None and not self._stream.closed:
+            self._writer.close()  # or it would write to a closed file when it is collected
             self._stream.close()
             with suppress(OSError):
                 os.unlink(self._path)
@@ -266,6 +267,8 @@ def _in_order(
             yield from work(task)
         return
     running: deque[Future[list[Prepared]]] = deque()
+    # Imported once by the server that workers are forked from, not by each worker.
+    set_forkserver_preload(["pretrain.data.loader"])
     # forkserver: a file system made before a fork hangs after it.
     with ProcessPoolExecutor(parallel, mp_context=get_context("forkserver")) as pool:
         try:

@@ -1,6 +1,6 @@
 """A `Survey` as one HTML page that needs nothing else: no script, no network, pictures inlined.
 
-Captions, keys and names come from strangers: all pass through `svg.escape`, and the page's content
+Captions, keys and names come from strangers: all pass through `show.escape`, and the page's content
 policy lets nothing load or run.
 """
 
@@ -11,10 +11,10 @@ from string import Template
 
 import numpy as np
 
-from pretrain.data import svg
+from pretrain.data import show
 from pretrain.data.inspect import Numbers, Picture, ShardFacts, Survey
 from pretrain.data.manifest import ASPECTS
-from pretrain.data.svg import escape, number
+from pretrain.data.show import escape, number
 
 CAPTION_CHARACTERS = 600  # of a caption that are shown
 ASPECT_NAMES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
@@ -57,7 +57,7 @@ def _whole(s: Survey) -> bool:
 def _lead(s: Survey) -> str:
     what = (
         f"<b>{number(s.samples)}</b> captioned pictures in <b>{number(s.shards)}</b> "
-        f"{_plural('shard', s.shards)}, <b>{svg.size(s.bytes)}</b> as stored. "
+        f"{_plural('shard', s.shards)}, <b>{show.size(s.bytes)}</b> as stored. "
     )
     if _whole(s):
         return f"{what}Every sample was read for this page."
@@ -69,7 +69,7 @@ def _figures(s: Survey) -> str:
     share = refused / max(1, s.read)
     entries = [
         ("samples", number(s.samples), f"in {number(s.shards)} {_plural('shard', s.shards)}"),
-        ("stored", svg.size(s.bytes), f"{svg.size(s.bytes / max(1, s.samples))} a sample"),
+        ("stored", show.size(s.bytes), f"{show.size(s.bytes / max(1, s.samples))} a sample"),
     ]
     if len(s.sizes):
         width, height = (int(np.median(s.sizes[:, i])) for i in (0, 1))
@@ -132,14 +132,14 @@ def _caption_charts(s: Survey) -> str:
         return '<p class="card bad">No sample that was read has a caption.</p>'
     short, long = _middle(s.caption_lengths)
     unit = s.caption_unit
-    length = svg.histogram(s.caption_lengths, "captions", unit)
+    length = show.histogram(s.caption_lengths, "captions", unit)
     told = f"90 % have {number(short)} to {number(long)} {unit}."
     cards = [_card("Length", length, told)]
-    words = svg.ranking(s.words, "words with their counts")
+    words = show.ranking(s.words, "words with their counts")
     cards.append(_card("Most frequent words", words, "Without “a”, “of”, “the” and their like."))
     repeated = [(_cut(text), n) for text, n in s.repeated if n > 1]
     shown = (
-        svg.ranking(repeated, "captions with their counts")
+        show.ranking(repeated, "captions with their counts")
         if repeated
         else '<p class="only"><b class="good">None</b> is said twice</p>'
     )
@@ -157,20 +157,20 @@ def _picture_charts(s: Survey) -> str:
     cards = []
     known = s.sizes[s.sizes.min(axis=1) > 0] if len(s.sizes) else s.sizes
     if len(known):
-        shorter = svg.histogram(known.min(axis=1), "pictures", "px, shorter side")
+        shorter = show.histogram(known.min(axis=1), "pictures", "px, shorter side")
         cards.append(_card("Size", shorter, _common_size(known)))
     if (s.aspects > 0).sum() == 1:
         name = ASPECT_NAMES[int(s.aspects.argmax())]
         aspects = f'<p class="only"><b>{name}</b> all {number(s.aspects.sum())} pictures alike</p>'
     else:
-        aspects = svg.categories(s.aspects.tolist(), ASPECT_NAMES, "pictures", "width : height")
+        aspects = show.categories(s.aspects.tolist(), ASPECT_NAMES, "pictures", "width : height")
     told = "By the nearest of the trainer's aspect buckets."
     cards.append(_card("Aspect ratio", aspects, told))
     unit, divisor = ("MiB", 1 << 20) if np.median(s.sample_bytes) > 1 << 20 else ("KiB", 1 << 10)
     # A tar pads to blocks of 512 bytes.
     grain = 512 / divisor
-    spread = svg.histogram(s.sample_bytes / divisor, "samples", f"{unit} a sample", grain=grain)
-    short, long = (svg.size(q) for q in _middle(s.sample_bytes))
+    spread = show.histogram(s.sample_bytes / divisor, "samples", f"{unit} a sample", grain=grain)
+    short, long = (show.size(q) for q in _middle(s.sample_bytes))
     cards.append(_card("Bytes", spread, f"90 % take {short} to {long}, headers included."))
     return "".join(cards)
 
@@ -242,10 +242,10 @@ def _shards(s: Survey) -> str:
 
 def _shard_row(f: ShardFacts, largest: int) -> str:
     colour = ' class="n bad"' if f.refused else ' class="n"'
-    each = svg.size(f.bytes / f.samples) if f.samples else "–"
+    each = show.size(f.bytes / f.samples) if f.samples else "–"
     return (
         f'<tr><td class="name">{escape(f.url)}</td><td class="n">{number(f.samples)}</td>'
-        f'<td class="n">{svg.size(f.bytes)}</td>'
+        f'<td class="n">{show.size(f.bytes)}</td>'
         f'<td><span class="bar"><i style="width:{100 * f.bytes / largest:.1f}%"></i></span></td>'
         f'<td class="n">{each}</td><td{colour}>{number(f.refused)}</td></tr>'
     )

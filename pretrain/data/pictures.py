@@ -100,10 +100,10 @@ class Steps(Sampler[Step]):
         return -(-int(self.manifests[place[0]].sizes[place[1]]) // self.batch)
 
     def __iter__(self) -> Iterator[Step]:
-        for place, following in zip_longest(self.shards, self.shards[1:]):
-            size = int(self.manifests[place[0]].sizes[place[1]])
+        for (dataset, shard), following in zip_longest(self.shards, self.shards[1:]):
+            size = int(self.manifests[dataset].sizes[shard])
             for start in range(0, size, self.batch):
-                yield Step(*place, start, min(start + self.batch, size), following)
+                yield Step(dataset, shard, start, min(start + self.batch, size), following)
 
 
 def read_all(steps: Steps, config: DataConfig) -> Iterator[Read]:

@@ -86,7 +86,8 @@ class MemberTable:
 
     def __init__(self, manifest: Manifest, retry: storage.Retry) -> None:
         self.manifest, self.retry = manifest, retry
-        url, remedy = manifest.members_url, "index the shards again (`python -m pretrain data index`)"
+        url = manifest.members_url
+        remedy = "index the shards again (`python -m pretrain data index`)"
         try:
             size = storage.size(url, retry)
         except FileNotFoundError:
@@ -161,11 +162,15 @@ class ShardReader:
     @cached_property
     def uses_cache(self) -> bool:
         """Whether any shard is read through the disk cache."""
-        return any(
-            storage.is_remote(m.folder) or bool(m.shards.columns["unpacked"].any())
-            or any(b"://" in url for url in m.shards.columns["url"][:1])
-            for m in self.manifests
-        ) and self.config.access != "ranged"
+        return (
+            any(
+                storage.is_remote(m.folder)
+                or bool(m.shards.columns["unpacked"].any())
+                or any(b"://" in url for url in m.shards.columns["url"][:1])
+                for m in self.manifests
+            )
+            and self.config.access != "ranged"
+        )
 
     def aspect_member(self, dataset: int, shard: int, aspect: int, nth: int) -> int:
         """Index in its shard of the ``nth`` sample of an aspect bucket."""
@@ -179,6 +184,7 @@ class ShardReader:
     def close(self) -> None:
         """Close files and stop reading ahead."""
         self._ahead.close()
+        self.cache.close()  # ends what is still being fetched
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -194,7 +200,7 @@ class ShardReader:
         return manifest.url(place[1]), manifest.shards[place[1]]
 
     def _bytes(self, place: tuple[int, int], offset: int, length: int) -> bytes:
-        url, entry = self._entry(place)
+        url = self._entry(place)[0]
         if not self._cached(place) and storage.is_remote(url):
             try:
                 return storage.read_range(url, offset, offset + length, self.config.retry)
@@ -281,4 +287,3 @@ class _ReadAhead:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
-

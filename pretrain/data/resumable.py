@@ -75,6 +75,7 @@ def write(
     Raises:
         DataError: a process was killed.
     """
+    out.mkdir(parents=True, exist_ok=True)
     done = read_markers(out, split)
     start = done[-1].end if done else 0
     if start == len(sources):

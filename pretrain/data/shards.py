@@ -258,8 +258,8 @@ def _parse(block: bytes, url: str, at: int) -> tuple[str, int, bytes]:
     """Name, size in bytes and type of a header block."""
     try:
         stored = int(block[148:156].rstrip(b" \0"), 8)
-        # Of all bytes, with blanks for its own field. The low half of Adler's check is one more than
-        # their sum, modulo a prime; it takes a tenth of the time of sum().
+        # Of all bytes, with blanks for its own field. The low half of Adler's check is one more
+        # than their sum, modulo a prime; it takes a tenth of the time of sum().
         expected = stored - 8 * 32 + sum(block[148:156]) + 1
         if expected % 65_521 != zlib.adler32(block) & 0xFFFF:
             tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # old sums: signed bytes

@@ -269,8 +269,7 @@ class Source:
             DataError: nothing near a refused sample can be used.
         """
         return [
-            self._sample(n, place)
-            for n, place in zip(numbers, self.places(numbers), strict=True)
+            self._sample(n, place) for n, place in zip(numbers, self.places(numbers), strict=True)
         ]
 
     def ahead(self, numbers: Sequence[int], part: tuple[int, int]) -> None:
@@ -291,9 +290,7 @@ class Source:
 
     def _ordered(self, manifest: Manifest, seed: int) -> EpochOrder:
         o = self.config.order
-        return EpochOrder(
-            manifest.sizes, seed, lanes=o.lanes, window=o.window, resample=o.resample
-        )
+        return EpochOrder(manifest.sizes, seed, lanes=o.lanes, window=o.window, resample=o.resample)
 
     def _bucketed(self, group: int) -> Buckets:
         o = self.config.order
@@ -321,9 +318,7 @@ class Source:
             "`python -m pretrain data verify`"
         )
 
-    def _try(
-        self, number: int, place: Place, used: Place, rejects: list[Reject]
-    ) -> Sample | None:
+    def _try(self, number: int, place: Place, used: Place, rejects: list[Reject]) -> Sample | None:
         """The sample at ``used``, or None and the reason appended to ``rejects``."""
         c = self.config
         try:

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from pretrain.data.packed import compression, open_unpacked
 from pretrain.data.reader import MemberTable, ReadConfig
 from pretrain.data.samples import IMAGE_EXTENSIONS, Bounds, Refused, decode
 from pretrain.data.shards import MemberBounds, RawSample, read_sample
+from pretrain.data.show import plain
 from pretrain.errors import DataError
 
 Rows = npt.NDArray[np.void]
@@ -54,7 +55,7 @@ class VerifyOptions:
     bounds: Bounds
     decode: bool = True
     duplicates: bool = False
-    near_bits: int = 2
+    near_bits: int = 3
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,8 @@ def _in_order(
         yield from map(work, tasks)
         return
     running: deque[Future[_Checked]] = deque()
+    # Imported once by the server that workers are forked from, not by each worker.
+    set_forkserver_preload(["pretrain.data.loader"])
     # forkserver: a file system made before a fork hangs after it.
     with ProcessPoolExecutor(parallel, mp_context=get_context("forkserver")) as pool:
         try:
@@ -399,11 +402,12 @@ def table(verdict: Verdict, options: VerifyOptions, limit: int) -> str:
 
 def _told(problem: Problem) -> str:
     where = f"{problem.shard}:{problem.key}" if problem.key else problem.shard
-    return f"{where}  {problem.detail}".rstrip()
+    return plain(f"{where}  {problem.detail}".rstrip())
 
 
 def _told_pairs(title: str, pairs: list[Pair], limit: int) -> list[str]:
-    shown = [
-        f"  {p.first}  =  {p.second}" + (f"  ({p.bits} bits)" if p.bits else "") for p in pairs
-    ]
-    return [title, *shown[:limit]]
+    lines = [title]
+    for pair in pairs[:limit]:
+        bits = f"  ({pair.bits} bits)" if pair.bits else ""
+        lines.append(plain(f"  {pair.first}  =  {pair.second}{bits}"))
+    return lines

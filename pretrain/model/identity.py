@@ -22,7 +22,7 @@ def digest(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())  # numpy has no bf16
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bf16
     return found.hexdigest()
 
 

@@ -151,9 +151,7 @@ def test_writes_go_through_a_storm(proxy: FaultProxy, tmp_path: Path) -> None:
     assert storage.read_bytes("s3://bucket/written/file") == b"from a file"
 
 
-def _sum_of(
-    url: str, environment: dict[str, str], results: "multiprocessing.Queue[str]"
-) -> None:
+def _sum_of(url: str, environment: dict[str, str], results: "multiprocessing.Queue[str]") -> None:
     os.environ.update(environment)  # a fork server has the one of its own start
     results.put(storage.sha256(url))
 

@@ -60,6 +60,7 @@ class S3Server:
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Any = None
+        self._ports: list[int] = []
 
     @property
     def url(self) -> str:
@@ -72,7 +73,7 @@ class S3Server:
         config = self.folder / "s3.json"
         config.write_text(json.dumps({"identities": identities}))
         parts = ("master", "volume", "filer", "s3")
-        ports = free_ports(2 * len(parts))
+        ports = self._ports = free_ports(2 * len(parts))
         self.port = ports[parts.index("s3")]
         flags = [f"-{part}.port={port}" for part, port in zip(parts, ports, strict=False)]
         flags += [f"-{part}.port.grpc={port}" for part, port in zip(parts, ports[4:], strict=True)]
@@ -82,7 +83,7 @@ class S3Server:
                     *("weed", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
                     *(f"-dir={self.folder}", "-filer", "-s3", f"-s3.config={config}"),
                     *("-master.volumeSizeLimitMB=256", "-volume.max=8"),
-                    *("-master.telemetry=false", "-s3.port.iceberg=0", *flags),
+                    *("-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *flags),
                 ],
                 stdout=log,
                 stderr=log,
@@ -99,6 +100,9 @@ class S3Server:
         assert self._process is not None
         self._process.kill()  # its data are rubbish: no need to end well
         self._process.wait(20)
+        for port in self._ports:  # it leaves its sockets there
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
 
     def client(self) -> Any:
         """A botocore client that speaks to the server itself, past any proxy."""

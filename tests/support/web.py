@@ -1,6 +1,7 @@
 """A small HTTP server on loopback, of bytes in memory."""
 
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
@@ -15,6 +16,7 @@ class WebServer:
     Attributes:
         files: may be changed at any time.
         status: other than 200, every answer is this.
+        before: called with the first byte asked for, before each answer.
         port: on 127.0.0.1.
     """
 
@@ -22,6 +24,7 @@ class WebServer:
         self, files: dict[str, bytes], *, ranges: bool = True, lengths: bool = True
     ) -> None:
         self.files, self.ranges, self.lengths, self.status = files, ranges, lengths, 200
+        self.before: Callable[[int], object] = lambda _: None
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,7 +39,11 @@ class WebServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass  # clients that were cut off are what these tests are about
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -59,8 +66,9 @@ class WebServer:
         status = self.status if data is not None or self.status != 200 else 404
         data = data if data is not None and status == 200 else b"<html>an error page</html>"
         asked = handler.headers.get("Range")
+        first, last = (asked or "bytes=0-0").removeprefix("bytes=").split("-")
+        self.before(int(first))
         if asked and self.ranges and status == 200:
-            first, last = asked.removeprefix("bytes=").split("-")
             status = 206 if int(first) < len(data) else 416
             data = data[int(first) : int(last) + 1]
         handler.send_response(status)

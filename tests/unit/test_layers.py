@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # layer -> the modules (x means x.py) and folders (x/ means all in it) of that layer
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
-        "errors config plugins storage comm types rng ops progress mlflow_env",
+        "errors config plugins remote storage comm types rng ops progress mlflow_env",
         "data/ diffusion/ model/",
         "objectives/",
         "task ema inference",

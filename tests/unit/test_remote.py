@@ -85,6 +85,20 @@ def test_a_stall_is_an_error_within_the_deadline(proxy: FaultProxy) -> None:
     assert proxy.counts["stall"] >= 2, "one stalled try took all the time there was"
 
 
+def test_a_trickle_is_a_stall(proxy: FaultProxy) -> None:
+    """Some bytes every 0.1 s: no socket times out, and the part would need minutes."""
+    proxy.weather = Weather(bytes_per_second=100)
+
+    def clear_up() -> None:
+        proxy.wait("GET", 2)
+        proxy.weather = Weather()
+
+    thread = threading.Thread(target=clear_up)
+    thread.start()
+    assert storage.read_range(f"{proxy.url}/x", 0, PART, QUICK) == DATA[:PART]
+    thread.join()
+
+
 def test_a_server_that_comes_back_in_time_is_waited_for(
     proxy: FaultProxy, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,9 +120,16 @@ def test_a_server_that_comes_back_in_time_is_waited_for(
 def test_the_last_try_is_made_at_the_deadline(proxy: FaultProxy) -> None:
     """With waits of 10 s the server is back unseen, unless the last wait is cut."""
     proxy.weather = Weather(down=True)
-    threading.Timer(0.5, lambda: setattr(proxy, "weather", Weather())).start()
+
+    def come_back() -> None:
+        proxy.wait("down", 2)  # aiohttp itself asks twice
+        proxy.weather = Weather()
+
+    threading.Thread(target=come_back).start()
     patient = Retry(deadline_seconds=1.0, first_wait_seconds=10, longest_wait_seconds=10)
+    begun = time.monotonic()
     assert storage.read_range(f"{proxy.url}/x", 0, 10, patient) == DATA[:10]
+    assert time.monotonic() - begun < 4
 
 
 def test_what_is_missing_is_told_from_what_is_down(web: WebServer) -> None:
@@ -171,14 +192,13 @@ def test_reading_can_be_stopped(proxy: FaultProxy) -> None:
     assert time.monotonic() - begun < 20
 
 
-def test_a_reader_that_is_left_ends_its_threads(proxy: FaultProxy) -> None:
-    parts = storage.read_parts(f"{proxy.url}/x", None, Retry(), PART)
-    next(parts)
-    next(parts)
-    proxy.weather = Weather(p_stall=1.0, stall_seconds=5)
+def test_a_reader_that_is_left_ends_its_threads(web: WebServer) -> None:
+    web.before = lambda start: time.sleep(5 if start >= 2 * PART else 0)
+    parts = storage.read_parts(f"{web.url}/x", None, Retry(), PART)
+    assert next(parts) + next(parts) == DATA[: 2 * PART]
     begun = time.monotonic()
     parts.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 3, "it waited for parts that nobody wants"
     assert not [t for t in threading.enumerate() if t.name.startswith("read-parts")]
 
 
@@ -191,6 +211,8 @@ def test_secrets_of_a_url_do_not_reach_messages(
     with pytest.raises(DataError) as caught:
         storage.read_bytes(f"{proxy.url}/x?signature=abc", replace(QUICK, deadline_seconds=0.3))
     assert "abc" not in str(caught.value) + capfd.readouterr().err
+    one = remote.Remote("https://host/x?signature=abc")
+    assert "abc" not in one._words(OSError(f"cannot open {one.url}"))
 
 
 def test_a_missing_package_is_named() -> None:

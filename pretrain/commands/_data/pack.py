@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from pretrain import storage
     from pretrain.commands._data._meter import Meter
     from pretrain.data import pack, prepare, rows
+    from pretrain.data.show import plain
     from pretrain.errors import ConfigError
 
     for name, least in (
@@ -110,5 +111,6 @@ def run(args: argparse.Namespace) -> int:
         f"rows in {state.shards:,} shards, {state.bytes:,} bytes"
     )
     for reason, count in sorted(state.rejects.items(), key=lambda pair: -pair[1]):
-        print(f"  left out: {count:,} × {reason} (as {', '.join(state.examples[reason])})")
+        named = ", ".join(state.examples[reason])
+        print(plain(f"  left out: {count:,} × {reason} (as {named})"))
     return 0

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         from pretrain.data.manifest import Manifest
 
         manifest = Manifest.load(args.manifest)
-        sizes = np.array([shard.samples for shard in manifest.shards])
-        nbytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.float64)
+        sizes = manifest.sizes
+        nbytes = manifest.shards.columns["bytes"].astype(np.float64)
 
     def planned(lanes: int | None) -> tuple[EpochOrder, simulate.ReadPlan]:
         order = EpochOrder(sizes, args.seed, lanes=lanes, window=args.window)

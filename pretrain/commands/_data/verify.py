@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--near-bits",
         type=int,
-        default=2,
+        default=3,
         help="of 64, by which the dHashes of nearly equal pictures may differ, 0-3 "
         "(default: %(default)s)",
     )
@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
     meter = Meter("verify", "shards")
     verdict = verify.verify(args.manifest, options, parallel=args.parallel, report=meter)
     if args.json:
-        print(json.dumps({"clean": verdict.clean, **asdict(verdict)}, indent=1))
+        lists = ("problems", "same", "near")
+        told = {name: [asdict(one) for one in getattr(verdict, name)] for name in lists}
+        counters = {"counts": dict(verdict.counts), "by_shard": dict(verdict.by_shard)}
+        print(json.dumps({"clean": verdict.clean, **vars(verdict), **counters, **told}, indent=1))
     else:
         print(verify.table(verdict, options, args.limit))
     alike = verdict.num_same + verdict.num_near

@@ -97,9 +97,10 @@ def test_packed_shards_are_kept_unpacked(folder: Path, tmp_path: Path, suffix: s
 
 
 def test_the_hash_is_of_what_is_stored_to_its_last_byte(folder: Path, tmp_path: Path) -> None:
-    packed = gzip.compress(FILES["0"]) + bytes(70_000)  # padding after the packed stream
+    packed = bz2.compress(FILES["0"]) + bytes(9 << 20)  # padding, longer than any buffer
     (tmp_path / "x").write_bytes(packed)
-    assert read(ShardCache(folder, 1 << 20), str(tmp_path / "x"), packed, unpack=True) == FILES["0"]
+    found = read(ShardCache(folder, 16 << 20), str(tmp_path / "x"), packed, unpack=True)
+    assert found == FILES["0"]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
@@ -225,6 +226,21 @@ def test_processes_that_want_the_same_download_it_once(proxy: FaultProxy, folder
     for child in children:
         child.join()
     assert proxy.counts["GET"] == 2 and len(entries(folder)) == 2 and not rubbish(folder)
+
+
+def test_an_entry_that_came_between_two_looks_is_not_fetched_again(
+    proxy: FaultProxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, hit, looks = ShardCache(folder, 10 * SHARD, QUICK), cache._hit, []
+    read(shards, f"{proxy.url}/0", FILES["0"])
+
+    def late(entry: Path, length: int | None) -> int | None:
+        looks.append(entry)
+        return None if len(looks) == 1 else hit(entry, length)
+
+    monkeypatch.setattr(cache, "_hit", late)
+    assert read(shards, f"{proxy.url}/0", FILES["0"]) == FILES["0"]
+    assert proxy.counts["GET"] == 1 and not rubbish(folder)
 
 
 def test_threads_of_a_process_download_it_once(proxy: FaultProxy, folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Exactly once: every sample of every epoch, through stops and resumes on other ranks and workers."""
+"""Exactly once: every sample of every epoch, through stops and resumes on other ranks and
+workers."""
 
 import random
 from collections import Counter

@@ -37,7 +37,8 @@ def test_a_row_bounds_exactly_one_samples_members(tmp_path: Path) -> None:
     for row, names in ((first, ["a.json", "a.png", "a.txt"]), (second, ["b.txt", "b.png"])):
         run = data[row["offset"] : row["offset"] + row["bytes"]]
         assert row["crc32"] == zlib.crc32(run)
-        assert tarfile.open(fileobj=io.BytesIO(run)).getnames() == names
+        with tarfile.open(fileobj=io.BytesIO(run)) as tar:
+            assert tar.getnames() == names
     assert (second["width"], second["height"]) == (40, 20)
     assert shard.aspects[ASPECTS.index(2.0)] == 1 and shard.aspects[ASPECTS.index(1.0)] == 1
 
@@ -101,7 +102,7 @@ def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
 
 def test_a_missing_shard_and_one_listed_twice_are_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", good("a"))
-    with pytest.raises(DataError, match="none.tar.*does not exist"):
+    with pytest.raises(DataError, match=r"none\.tar.*does not exist"):
         indexer.build([path, str(tmp_path / "none.tar")], str(tmp_path / "m.json"))
     with pytest.raises(DataError, match="listed 2 times"):
         indexer.build([path, path], str(tmp_path / "m.json"))
@@ -163,7 +164,9 @@ def test_a_killed_run_is_taken_up_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         indexer.build(urls, out)
     assert not storage.exists(out)
-    monkeypatch.setattr(indexer, "index_shard", lambda url, retry=None: read.append(url) or real(url))
+    monkeypatch.setattr(
+        indexer, "index_shard", lambda url, retry=None: read.append(url) or real(url)
+    )
     indexer.build(urls, out)
     assert Counter(read) == Counter(urls)  # none twice
     assert Manifest.load(out).num_samples == 4

@@ -543,22 +543,18 @@ def test_buckets_come_in_proportion_and_read_the_same_shards() -> None:
     shares = sizes.sum(1) / sizes.sum()
     apart = np.abs(counts - np.arange(1, len(counts) + 1)[:, None] * shares)
     assert (apart.max(0) <= bounds_of(shares)).all()
-    # A moment's reads: 1,600 numbers, parts of two windows of 2 shards in each of 4 lanes. Had each
+    # A moment's reads are parts of two windows in each of four lanes, 5 or 6 shards. Had each
     # bucket an order of shards of its own, they would be many more.
-    alone = [EpochOrder(row, b, lanes=4, window=400) for b, row in enumerate(sizes)]
-
-    def in_a_moment(b: int, own: np.ndarray) -> set[int]:
-        return set(alone[b].locate(own)[0].tolist())
-
-    together, apart_ = [], []
+    others = {
+        b: EpochOrder(row, b, lanes=4, window=order.orders[b].window) for b, row in enumerate(sizes)
+    }
     _, own = order.split(np.arange(order.num_samples))
-    for start in range(0, order.num_samples - 1_600, 1_600):
-        now = slice(start, start + 1_600)
+    together, alone = [], []
+    for now in np.split(np.arange(order.num_samples), order.num_samples // 1_600):
         together.append(len(np.unique(shards[now])))
-        apart_.append(
-            len(set.union(*(in_a_moment(b, own[now][buckets[now] == b]) for b in range(3))))
-        )
-    assert np.mean(together) < 4 * 5 < 1.4 * 4 * 5 < np.mean(apart_)
+        mine = {b: own[now][buckets[now] == b] for b in others}
+        alone.append(len(set().union(*(others[b].locate(n)[0].tolist() for b, n in mine.items()))))
+    assert np.mean(together) < 4 * 6.5 < 4 * 8.5 < np.mean(alone)
 
 
 # --- how good it is

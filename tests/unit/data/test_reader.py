@@ -91,7 +91,9 @@ def test_bytes_that_are_not_those_indexed_are_an_error(
     assert caught.value.url.endswith("0.tar")
 
 
-def test_a_shard_of_another_size_or_none_is_named(corpus: Callable[..., str], tmp_path: Path) -> None:
+def test_a_shard_of_another_size_or_none_is_named(
+    corpus: Callable[..., str], tmp_path: Path
+) -> None:
     url = corpus([2, 3])
     write_tar(tmp_path / "1.tar", [m for i in range(40) for m in good(f"x{i}")])
     r = reader(url)

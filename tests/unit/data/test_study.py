@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def test_samples_have_the_fields_of_the_embedded_corpus(packages: Path, tmp_path
         image = Image.open(io.BytesIO(files["png"]))
         assert image.size == (16, 16) and image.mode == "RGB"
         assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_vendors_are_mixed_in_a_shard(packages: Path, tmp_path: Path) -> None:
+    study.build(tmp_path / "out", SMALL)
+    vendors = [f["vendor"] for f in fields(tmp_path / "out", "train")]
+    assert sum(a != b for a, b in itertools.pairwise(vendors)) > len(vendors) // 4  # half expected
 
 
 def test_the_manifest_lists_what_the_report_counts(packages: Path, tmp_path: Path) -> None:
@@ -408,7 +415,8 @@ def test_clips_are_taken_by_title_and_licence(clip_folder: Callable[..., Path]) 
         "people/ann_02": clip_svg("ann", "Ann", pd, square(2)),
         **{f"sets/green-{w}": clip_svg("The set", "x", pd, square(i)) for i, w in
            enumerate(("car", "bus", "van", "cab"), 10)},
-        **{f"shapes/stars/star-{i}": clip_svg("Stars", "x", pd, square(i)) for i in range(20, 24)},
+        **{f"shapes/stars/{w}": clip_svg("Stars", "x", pd, square(i)) for i, w in
+           enumerate(("sun", "nova", "dwarf", "giant"), 20)},
     }  # fmt: skip
     folder = clip_folder(svgs)
     os.symlink("pear_01.svg", folder / "usr/share/openclipart/svg/food/link.svg")
@@ -486,10 +494,11 @@ def test_a_svg_without_its_namespace_is_drawn(clip_folder: Callable[..., Path]) 
     ("png", "reason"),
     [
         (b"", "unreadable picture"),
-        (png_bytes((8, 8), (0, 0, 255, 255))[:60], "unreadable picture"),
+        (png_bytes((500, 500), (0, 0, 255, 255))[:200], "unreadable picture"),
         (png_bytes((8, 8), (0, 0, 255, 0)), "blank picture"),
         (png_bytes((5000, 5000), (0, 0, 255, 255)), "picture too large"),
     ],
+    ids=["empty", "cut short", "transparent", "25 megapixels"],
 )
 def test_a_picture_that_cannot_be_used_says_why(
     clip_folder: Callable[..., Path], png: bytes, reason: str
@@ -502,11 +511,8 @@ def test_a_picture_that_cannot_be_used_says_why(
 # Shards that can be gone on with
 
 
-def make(sources: list[int]) -> list[Made]:
+def make(sources: Sequence[int]) -> list[Made]:
     """A sample of 1.5 KiB for each number; none for those that end in 7."""
-    if os.environ.get("SLOW_FROM") and sources[-1] >= int(os.environ["SLOW_FROM"]):
-        print("waiting", flush=True)
-        time.sleep(60)
     return [
         Made(f"k{n}", "even" if n % 2 == 0 else "odd", reason="seven")
         if n % 10 == 7
@@ -530,7 +536,7 @@ def test_shards_are_bounded_and_hold_every_sample_once(tmp_path: Path) -> None:
 def test_a_build_goes_on_behind_the_last_whole_shard(tmp_path: Path) -> None:
     resumable.write(tmp_path / "a", "s", range(200), make, 40 << 10)
 
-    def dies(sources: list[int]) -> list[Made]:
+    def dies(sources: Sequence[int]) -> list[Made]:
         if sources[-1] > 120:
             raise KeyboardInterrupt
         return make(sources)
@@ -541,7 +547,7 @@ def test_a_build_goes_on_behind_the_last_whole_shard(tmp_path: Path) -> None:
     assert kept >= 2
     asked: list[int] = []
 
-    def counts(sources: list[int]) -> list[Made]:
+    def counts(sources: Sequence[int]) -> list[Made]:
         asked.extend(sources)
         return make(sources)
 
@@ -552,29 +558,46 @@ def test_a_build_goes_on_behind_the_last_whole_shard(tmp_path: Path) -> None:
     assert not list((tmp_path / "b").glob("*.part"))
 
 
+SLOW_BUILD = """
+import time
+from pathlib import Path
+from pretrain.data import resumable
+
+def make(sources):
+    if sources[-1] >= 120:
+        print("waiting", flush=True)
+        time.sleep(60)
+    return [resumable.Made(f"k{n}", "any", {"png": bytes([n]) * 500}) for n in sources]
+
+if __name__ == "__main__":
+    resumable.write(Path("b"), "s", range(200), make, 40 << 10, parallel=2)
+"""
+
+
 def test_a_killed_build_ends_its_processes_and_can_go_on(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path\n"
-        "from pretrain.data import resumable\n"
-        "from tests.unit.data.test_study import make\n"
-        "if __name__ == '__main__':\n"
-        f"    resumable.write(Path({str(tmp_path / 'b')!r}), 's', range(200), make, 40 << 10, 2)\n"
-    )
     script = tmp_path / "build.py"
-    script.write_text(code)
-    environment = os.environ | {"SLOW_FROM": "120", "PYTHONPATH": str(ROOT)}
+    script.write_text(SLOW_BUILD)
     process = subprocess.Popen(
-        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline().strip() == "waiting"  # a worker's line
+    assert process.stdout.readline().startswith("waiting")  # a worker's line
+    began = time.monotonic()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    rest = process.stdout.read()  # ends when the last worker has: they hold the pipe
-    assert set(rest.split()) <= {"waiting"}
-    resumable.write(tmp_path / "b", "s", range(200), make, 40 << 10)
-    resumable.write(tmp_path / "a", "s", range(200), make, 40 << 10)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    process.stdout.read()  # ends when the last worker has: they hold the pipe
+    assert time.monotonic() - began < 30
+
+    def quick(sources: Sequence[int]) -> list[Made]:
+        return [Made(f"k{n}", "any", {"png": bytes([n]) * 500}) for n in sources]
+
+    for name in ("a", "b"):
+        resumable.write(tmp_path / name, "s", range(200), quick, 40 << 10)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b") != {}
 
 
 # The command

@@ -1,4 +1,5 @@
-"""Small charts as inline SVG: text stays text, colours come from the page's style sheet."""
+"""Strangers' text made harmless, numbers for people, and small charts as inline SVG, whose colours
+come from the page's style sheet."""
 
 import html
 import math
@@ -21,6 +22,11 @@ def escape(text: object) -> str:
     whole = str(text).encode("utf-8", "replace").decode()
     plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in whole)
     return html.escape(plain, quote=True)
+
+
+def plain(text: str) -> str:
+    """``text`` on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def number(value: float) -> str:
@@ -51,7 +57,7 @@ def histogram(
         shown: writes a value on the axis.
         grain: of which the values are multiples, and so the bars; 1 for integers.
     """
-    low, high = (float(x) for x in np.quantile(values, (0.002, 0.998)))
+    low, high = (float(x) for x in np.quantile(values, (0.002, 0.998), method="inverted_cdf"))
     if values.min() == values.max():
         return (
             f'<p class="only"><b>{escape(shown(low))}</b> {escape(unit)}, '
@@ -165,9 +171,8 @@ def _edges(
     """Bounds of the bars, and where numbers stand under them."""
     if _is_log(values, low, high, grain):
         first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-        edges = np.exp2(
-            np.linspace(first, last, (last - first) * max(1, BINS // (last - first)) + 1)
-        )
+        bars = (last - first) * max(1, BINS // (last - first))
+        edges = np.array(np.exp2(np.linspace(first, last, bars + 1)), dtype=np.float64)
         every = max(1, round((last - first) / 5))
         return edges, [2.0**p for p in range(first, last + 1, every)]
     step = _nice((high - low) / BINS)
