@@ -168,6 +168,7 @@ def summary(found: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]
         table[name] = {
             "images_per_second": spread(rates),
             "of_limit": spread(ratios),
+            "cpu_ms_per_image": median(r[name]["cpu_ms_per_image"] for r in good),
             # (The limit has no first batch.)
             "first_batch_seconds": median(r[name].get("first_batch_seconds", 0.0) for r in good),
             "peak_rss_mib": max(r[name]["peak_rss_mib"] for r in good),
@@ -190,21 +191,31 @@ def ahead(found: list[dict[str, dict[str, Any]]], peer: str) -> dict[str, float]
 
 
 def show(table: dict[str, dict[str, Any]]) -> None:
-    """Print the table, fastest first."""
-    head = (
-        f"{'':<27}{'images/s':>9}{'(least-greatest)':>18}{'of limit':>10}{'(least-greatest)':>18}"
-    )
-    print(f"\n{head}{'first batch':>13}{'peak RSS':>11}")
+    """Print the table, fastest first; then who failed."""
+    columns = ("images/s", "(least-greatest)", "of limit", "(least-greatest)")
+    columns = (*columns, "CPU ms", "first batch", "peak RSS")
+    widths = (9, 18, 10, 18, 8, 13, 11)
+    rows = [columns]
+    names = [""]
     done = [(name, row) for name, row in table.items() if "failed" not in row]
     for name, row in sorted(done, key=lambda x: -x[1]["of_limit"]["median"]):
         rate, part = row["images_per_second"], row["of_limit"]
-        rates = f"({rate['least']:.0f}-{rate['greatest']:.0f})"
-        parts = f"({part['least']:.3f}-{part['greatest']:.3f})"
-        print(
-            f"{name:<27}{rate['median']:>9.0f}{rates:>18}{part['median']:>10.3f}{parts:>18}"
-            f"{row['first_batch_seconds']:>11.1f} s{row['peak_rss_mib']:>7.0f} MiB"
+        names.append(name)
+        rows.append(
+            (
+                f"{rate['median']:.0f}",
+                f"({rate['least']:.0f}-{rate['greatest']:.0f})",
+                f"{part['median']:.3f}",
+                f"({part['least']:.3f}-{part['greatest']:.3f})",
+                f"{row['cpu_ms_per_image']:.2f}",
+                f"{row['first_batch_seconds']:.1f} s" if row["first_batch_seconds"] else "-",
+                f"{row['peak_rss_mib']:.0f} MiB",
+            )
         )
     print()
+    for name, cells in zip(names, rows, strict=True):
+        print(f"{name:<26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+    print(*(f"{name}: failed" for name in table if name not in names), sep="\n")
 
 
 def goal(name: str, met: bool, figures: str) -> dict[str, Any]:

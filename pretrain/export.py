@@ -96,7 +96,7 @@ def export(output: str | Path, folder: str | Path) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state = {name: p.detach().contiguous() for name, p in task.model.named_parameters()}
+    _, state = task.model.portable()
     save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
     storage.write_bytes(
         str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)
@@ -115,7 +115,7 @@ def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> 
     ]
     return {
         "name": config.name,
-        "model": config.model.model_dump(mode="json"),
+        "model": task.model.portable()[0].model_dump(mode="json"),
         "inference": config.inference.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer.sha256,
         "logit_scale": float(scales[0].detach().mean()) if scales else 100.0,
@@ -140,7 +140,7 @@ def _prove(folder: Path, task: PretrainTask, tokenizer: Tokenizer) -> None:
     predictor = Predictor.load(folder)
     written, expected = (
         dict(predictor.model.named_parameters()),
-        dict(task.model.named_parameters()),
+        task.model.portable()[1],
     )
     empty = [name for name, p in written.items() if p.numel() == 0]
     changed = [name for name, p in expected.items() if not torch.equal(p, written[name])]

@@ -273,7 +273,10 @@ class Predictor:
 def new_model(config: ModelConfig, tokenizer: Any) -> DiffDis:
     """A freshly initialised network for ``tokenizer``."""
     tokens, mask = tokenizer.encode([""], config.text_encoder.length)
-    return DiffDis(config, tokenizer.vocab_size, tokens[0], mask[0])
+    model = DiffDis(config, tokenizer.vocab_size, tokens[0], mask[0])
+    if model.frozen_text_encoder is not None:
+        tokenizer.check(model.frozen_text_encoder.tokenizer_sha256)
+    return model
 
 
 def to_pil(image_CHW: Tensor) -> Image.Image:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain import storage
+from pretrain.data.source import Source
 from pretrain.engine import accumulation
 from pretrain.errors import ConfigError
 from pretrain.model.autoencoder import SpaceToDepth, SpaceToDepthConfig
@@ -64,7 +66,10 @@ def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
         "objectives": task.objectives,
     }
     return Parameters(
-        {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        {
+            name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+            for name, part in parts.items()
+        }
     )
 
 
@@ -112,6 +117,7 @@ def render(config: RunConfig, ranks: int | None) -> str:
         "",
         f"batch    global_batch {t.global_batch} = micro_batch {e.micro_batch} × ranks × "
         "micro-steps",
+        f"data     {_data(config)}",
         f"length   {t.samples:,} samples = {steps_total:,} steps of {t.global_batch}",
         f"rate     {o.lr:g}, warm-up {o.warmup_samples:,} samples, then {o.schedule}",
         f"losses   {', '.join(losses)}",
@@ -119,6 +125,21 @@ def render(config: RunConfig, ranks: int | None) -> str:
         f"output   {config.output}",
     ]
     return "\n".join(lines)
+
+
+def _data(config: RunConfig) -> str:
+    """What is read; of manifests on this machine, which must then be there."""
+    listed = config.data.train
+    urls = [listed] if isinstance(listed, str) else [s.manifest for s in listed]
+    if any(storage.is_remote(url) for url in urls):
+        return f"{', '.join(urls)} (remote: not opened)"
+    source = Source(config.data, config.seed)
+    shards = sum(len(m.shards) for m in source.manifests)
+    epochs = config.training.samples / source.num_samples
+    return (
+        f"{source.num_samples:,} samples in {shards:,} shards: {epochs:.3g} epochs; "
+        f"{source.lanes} lanes"
+    )
 
 
 def _vocab_size(config: RunConfig) -> int:

@@ -81,6 +81,12 @@ class RunConfig(Config):
                 f"model.text_encoder.length={self.model.text_encoder.length} "
                 "differ; make them equal"
             )
+        if self.data.encoded_text and self.model.text_encoder.frozen_from is None:
+            raise ValueError(
+                "data.encoded_text=true needs model.text_encoder.frozen_from: features of a text "
+                "encoder in training would be of weights long gone; name the exported model that "
+                "encoded them, or set data.encoded_text: false"
+            )
         try:
             check_objectives(self.objectives)
             check_evaluators(self.evaluators)

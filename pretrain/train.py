@@ -15,6 +15,7 @@ from pretrain.checkpoint import Checkpoint, Checkpointer
 from pretrain.data.loader import Loader
 from pretrain.data.rejects import Ledger
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.encoders import check_encodings
 from pretrain.engine import Engine, init_distributed
 from pretrain.errors import DataError
 from pretrain.evaluators.base import Evaluator, Subject
@@ -64,7 +65,10 @@ def train(config: RunConfig) -> int:
         comm.rank(),
         comm.world_size(),
     )
+    check_encodings(task.model, loader.encodings)
     checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
+    if comm.is_main() and loader.advice:
+        print(f"[data] {loader.advice}", flush=True)
     progress = _resume(checkpointer, engine, loader, tokenizer)
     tracker = build_tracker(config.tracking, config.output, comm.rank())
     tracker.start(config.tracking.run_info(config.output))

@@ -27,7 +27,7 @@ def samples_of(shards: list[str]) -> list[tuple[bytes, str]]:
     return found
 
 
-def _work(task: Task, worker: int, together: Barrier, rates: Any) -> None:
+def _work(task: Task, worker: int, together: Barrier, rates: Any, cpu_seconds: Any) -> None:
     shards = task.shards[worker :: task.workers]
     pictures = [encoded for encoded, _ in samples_of(list(shards))]
     np.random.default_rng(worker).shuffle(pictures)  # as in a shuffled epoch: mixed sizes
@@ -43,19 +43,22 @@ def _work(task: Task, worker: int, together: Barrier, rates: Any) -> None:
 
     fill(task.warm_up // task.workers)
     together.wait()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     mine = task.batches // task.workers
     fill(mine)
     rates[worker] = mine * task.batch / (time.perf_counter() - start)
+    cpu_seconds[worker] = time.process_time() - cpu_start
     together.wait()
 
 
 def rate(task: Task) -> dict[str, float]:
-    """Sum of the workers' images a second."""
+    """Sum of the workers' images a second; and their processor time, an image."""
     context = multiprocessing.get_context("fork")
-    together, rates = context.Barrier(task.workers), context.Array("d", task.workers)
+    together = context.Barrier(task.workers)
+    rates, cpu_seconds = (context.Array("d", task.workers) for _ in range(2))
     workers = [
-        context.Process(target=_work, args=(task, i, together, rates)) for i in range(task.workers)
+        context.Process(target=_work, args=(task, i, together, rates, cpu_seconds))
+        for i in range(task.workers)
     ]
     for worker in workers:
         worker.start()
@@ -63,7 +66,11 @@ def rate(task: Task) -> dict[str, float]:
         worker.join()
     if any(worker.exitcode for worker in workers):
         raise SystemExit(f"a worker of the limit ended with {[w.exitcode for w in workers]}")
-    return {"images_per_second": sum(rates)}
+    done = task.batches * task.batch
+    return {
+        "images_per_second": sum(rates),
+        "cpu_ms_per_image": sum(cpu_seconds) * 1000 / done,
+    }
 
 
 def pixels(task: Task) -> dict[str, list[str]]:

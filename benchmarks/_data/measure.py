@@ -8,6 +8,7 @@ the number of workers, which deliver in turn, so that no work done before the cl
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks._data import tree
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,21 @@ def main(make: Callable[[Task], Batches]) -> None:
 
 
 def rate(task: Task, batches: Iterator[tuple[Any, Iterable[str]]]) -> dict[str, float]:
-    """Images a second, and seconds from the process's start to the first batch."""
+    """Images a second; processor time of all processes together, an image; and seconds from the
+    process's start to the first batch."""
     _check(task, next(batches)[0])
     first_seconds = time.time() - task.started
     for _ in range(task.warm_up - 1):
         next(batches)
-    start = time.perf_counter()
+    cpu_seconds, start = tree.cpu_seconds(os.getpid()), time.perf_counter()
     for _ in range(task.batches):
         images, _ = next(batches)
     seconds = time.perf_counter() - start
+    cpu_seconds = tree.cpu_seconds(os.getpid()) - cpu_seconds
     _check(task, images)
     return {
         "images_per_second": task.batches * task.batch / seconds,
+        "cpu_ms_per_image": cpu_seconds * 1000 / (task.batches * task.batch),
         "first_batch_seconds": first_seconds,
     }
 

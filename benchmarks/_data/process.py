@@ -5,11 +5,11 @@ import os
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks._data import tree
 from benchmarks._data.corpus import ROOT
 from benchmarks._data.measure import Task
 
@@ -43,19 +43,8 @@ def run(
             )
         peak = 0
         while process.poll() is None:
-            peak = max(peak, _tree_rss(process.pid))
+            peak = max(peak, tree.rss_bytes(process.pid))
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if process.returncode or not result.exists():
             raise Failed(log.read_text(errors="replace")[-2000:])
         return {**json.loads(result.read_text()), "peak_rss_mib": peak / (1 << 20)}
-
-
-def _tree_rss(pid: int) -> int:
-    """Bytes; from /proc itself, for a library that lists every process of the machine would take
-    time from the contestants."""
-    total = 0
-    with suppress(OSError):
-        total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            total += sum(_tree_rss(int(child)) for child in children.read_text().split())
-    return total

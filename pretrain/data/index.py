@@ -6,7 +6,6 @@ has not changed since the last index is not read again.
 """
 
 import hashlib
-import io
 import json
 import lzma
 import mmap
@@ -27,7 +26,6 @@ from typing import IO, cast
 import numpy as np
 import numpy.typing as npt
 from fsspec.core import url_to_fs
-from PIL import Image
 
 from pretrain import storage
 from pretrain.data.manifest import (
@@ -42,7 +40,7 @@ from pretrain.data.manifest import (
     relative,
 )
 from pretrain.data.packed import compression, open_unpacked
-from pretrain.data.samples import FORMATS, IMAGE_EXTENSIONS
+from pretrain.data.samples import IMAGE_EXTENSIONS, size_of
 from pretrain.data.shards import Member, MemberBounds, iter_members
 from pretrain.errors import DataError
 
@@ -192,7 +190,8 @@ class _Samples:
             self.starts.append(member.start)
             self.sizes.append((0, 0))
         if member.extension in IMAGE_EXTENSIONS and self.sizes[-1] == (0, 0):
-            self.sizes[-1] = _picture_size(member.data)
+            width, height = size_of(member.data)
+            self.sizes[-1] = (width, height) if max(width, height) < 1 << 16 else (0, 0)
 
     def rows(self, data: memoryview | bytes | mmap.mmap) -> Rows:
         """The member table's rows."""
@@ -207,16 +206,6 @@ class _Samples:
             row["crc32"] = zlib.crc32(data[start:end])
             row["width"], row["height"] = size
         return rows
-
-
-def _picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) from the header of an encoded picture; (0, 0) where there is none."""
-    with suppress(Exception):  # whatever is wrong with it is the reader's to refuse and count
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = image.size[::-1] if turned else image.size
-        return (width, height) if max(width, height) < 1 << 16 else (0, 0)
-    return (0, 0)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ state is the number of the next sample.
 """
 
 import atexit
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -120,6 +121,20 @@ class Loader:
     def num_samples(self) -> int:
         """Samples in one epoch."""
         return self.source.num_samples
+
+    @property
+    def advice(self) -> str | None:
+        """What would spare this many ranks reading the same remote shards; None where all is
+        well."""
+        lanes = self.source.lanes
+        if self.world == 1 or lanes % self.world == 0 or not self.source.remote:
+            return None
+        times = self.world // math.gcd(lanes, self.world)
+        return (
+            f"data.order.lanes={lanes} is not a multiple of {self.world} ranks: a shard is read "
+            f"by up to {times} of them; set it to {-(-lanes // self.world) * self.world} in a new "
+            "run, or data.read.access=ranged (see `python -m pretrain data plan`)"
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -113,9 +113,13 @@ class Shards(Sequence[Shard]):
             return [self[i] for i in range(*number.indices(len(self)))]
         c = self.columns
         return Shard(
-            **{n: c[n][number].decode() for n in _TEXT},
-            **{n: int(c[n][number]) for n in _NUMBERS},
+            url=c["url"][number].decode(),
+            samples=int(c["samples"][number]),
+            bytes=int(c["bytes"][number]),
+            sha256=c["sha256"][number].decode(),
             aspects=tuple(c["aspects"][number].tolist()),
+            unpacked=int(c["unpacked"][number]),
+            version=c["version"][number].decode(),
         )
 
     def __eq__(self, other: object) -> bool:

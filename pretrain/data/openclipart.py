@@ -81,7 +81,7 @@ class Clip:
             Unusable: neither file gives a picture.
         """
         try:
-            text = read_svg(self.svg)
+            text = self.svg.read_text("utf-8", "replace")
             if _NEEDS_FONTS.search(text):
                 raise ValueError("it needs fonts")
             # Most drawings fill a part of a page: drawn larger, there is enough left to crop.
@@ -177,17 +177,6 @@ def captions(title: str, keywords: tuple[str, ...]) -> list[str]:
     other = [word for word in keywords if word.lower() != title.lower()][:5]
     found = [title, f"{title}, {STYLE} style", f"{STYLE} of {title}"]
     return [*found[:2], f"{title}: {', '.join(other)}", found[2]] if other else found
-
-
-def read_svg(path: Path) -> str:
-    """An SVG document; the namespace that some leave out is put in."""
-    text = path.read_text("utf-8", "replace")
-    if re.search(r"<svg\b[^>]*\sxmlns\s*=", text):
-        return text
-    namespaces = 'xmlns="http://www.w3.org/2000/svg"'
-    if "xmlns:xlink" not in text:
-        namespaces += ' xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return re.sub(r"<svg\b", f"<svg {namespaces}", text, count=1)
 
 
 def _titled(found: list[Clip]) -> list[Clip]:

@@ -5,6 +5,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ WIDTH, HEIGHT = 340, 196
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 28, 40
 BINS = 28
 Format = Callable[[float], str]
-Values = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+Values = npt.NDArray[np.int64] | npt.NDArray[np.floating[Any]]
 
 
 def escape(text: object) -> str:
@@ -107,7 +108,7 @@ def ranking(rows: Sequence[tuple[str, int]], what: str) -> str:
 
 def _bars(
     counts: npt.NDArray[np.int64],
-    places: npt.NDArray[np.float64],
+    places: npt.NDArray[np.floating[Any]],
     labels: Sequence[tuple[float, str]],
     names: Sequence[str],
     what: str,
@@ -167,12 +168,12 @@ def _is_log(values: Values, low: float, high: float, grain: float) -> bool:
 
 def _edges(
     values: Values, low: float, high: float, grain: float
-) -> tuple[npt.NDArray[np.float64], list[float]]:
+) -> tuple[npt.NDArray[np.floating[Any]], list[float]]:
     """Bounds of the bars, and where numbers stand under them."""
     if _is_log(values, low, high, grain):
         first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
         bars = (last - first) * max(1, BINS // (last - first))
-        edges = np.array(np.exp2(np.linspace(first, last, bars + 1)), dtype=np.float64)
+        edges = np.exp2(np.linspace(first, last, bars + 1))
         every = max(1, round((last - first) / 5))
         return edges, [2.0**p for p in range(first, last + 1, every)]
     step = _nice((high - low) / BINS)

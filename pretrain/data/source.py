@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pretrain import storage
 from pretrain.config import Config
 from pretrain.data import encoded
 from pretrain.data.manifest import ASPECTS, Manifest
@@ -228,6 +229,19 @@ class Source:
     def num_samples(self) -> int:
         """Samples of one epoch, over all data sets."""
         return sum(m.num_samples for m in self.manifests)
+
+    @property
+    def lanes(self) -> int:
+        """Streams that are read side by side."""
+        order = self.mixture or self.buckets
+        assert order is not None
+        return order.lanes
+
+    @property
+    def remote(self) -> bool:
+        """Whether whole shards come over a network."""
+        far = any(storage.is_remote(m.url(0)) for m in self.manifests)
+        return far and self.config.read.access != "ranged"
 
     @property
     def fingerprint(self) -> str:

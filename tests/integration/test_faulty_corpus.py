@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.data import index as indexer
 from pretrain.data.manifest import Manifest
-from tests.support.faulty import Planted, plant
+from tests.support.faulty import MAX_BYTES, Planted, plant
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -40,6 +40,7 @@ def run(output: Path, manifest: str, *settings: str) -> subprocess.CompletedProc
         f"training.global_batch={EPOCHS}",
         "engine.micro_batch=2",
         "data.workers=1",
+        f"data.max_bytes={MAX_BYTES}",
         "evaluators={validation: null, zero_shot: null, retrieval: null, samples: null}",
         *settings,
     )

@@ -465,7 +465,7 @@ def test_a_frozen_text_encoder_is_not_trained_and_is_exported(make_config, expor
     task(batch).loss.backward()
     optimizer.step()
     assert [n for n, p in task.named_parameters() if p.grad is None] == []
-    assert all(p.grad is None for p in frozen.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
     assert all(torch.equal(v, before[k]) for k, v in frozen.encoder.state_dict().items())
 
     # What the task computes with is the export's encoder, and goes into the next export.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -243,6 +243,8 @@ def test_repeats_are_exact(
     st.integers(0, 3),
     st.sampled_from([3, 1000]),
 )
+@example([5], [(0, [40])], 2, 1000)  # two of three blocks are shared: the pair comes once
+@example([5, 6], [(0, [1, 63]), (1, [0])], 3, 3)
 @settings(max_examples=80, deadline=None)
 def test_near_pairs_are_those_of_all_comparisons(
     tmp_path_factory: pytest.TempPathFactory,
