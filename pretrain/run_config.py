@@ -87,6 +87,18 @@ class RunConfig(Config):
                 "encoder in training would be of weights long gone; name the exported model that "
                 "encoded them, or set data.encoded_text: false"
             )
+        step = self.model.size_multiple
+        if self.data.bucket_group and step and self.data.bucket_multiple % step:
+            raise ValueError(
+                f"data.bucket_multiple={self.data.bucket_multiple} is not a multiple of {step}, "
+                f"which the model's sides must be; set it to {step}"
+            )
+        if self.data.bucket_group and self.data.bucket_group % self.training.global_batch:
+            raise ValueError(
+                f"data.bucket_group={self.data.bucket_group} is not a multiple of "
+                f"training.global_batch={self.training.global_batch}; a batch has one shape: try "
+                f"{self.training.global_batch}"
+            )
         try:
             check_objectives(self.objectives)
             check_evaluators(self.evaluators)

@@ -136,6 +136,11 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "DataConfig":
+        if self.bucket_group and self.order.resample:
+            raise ValueError(
+                f"bucket_group={self.bucket_group} draws without replacement; leave "
+                "order.resample out"
+            )
         if isinstance(self.train, str):
             return self
         if not self.train:

@@ -44,6 +44,14 @@ class ModelConfig(Config):
     image_path: StreamConfig = StreamConfig()
     text_path: StreamConfig = StreamConfig(predict="x0")
 
+    @property
+    def size_multiple(self) -> int | None:
+        """What the sides of a picture must be multiples of; None where the autoencoder's files
+        would have to be opened to know."""
+        if not isinstance(self.autoencoder, SpaceToDepthConfig):
+            return None
+        return self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if isinstance(self.autoencoder, SpaceToDepthConfig):
