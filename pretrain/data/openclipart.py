@@ -35,7 +35,7 @@ MAX_PIXELS = 16 << 20  # of a PNG; larger ones (up to 623 megapixels) are refuse
 SHARED_TITLE = 3  # a title on more drawings than this names their collection
 # Theme icons are named for a program's actions, stars for their geometry: no words for a picture.
 _UNNAMED = ("computer/icons/", "shapes/stars/")
-_DULL_KEYWORDS = frozenset({"", "hash", "unsorted"})
+_DULL_KEYWORD = re.compile(r"(?:hash(?:\(0x\w+\))?|unsorted)?", re.IGNORECASE)
 _NEEDS_FONTS = re.compile(r"<(?:\w+:)?(?:text|flowRoot)\b")
 _LINKED = re.compile(r"<(?:\w+:)?image\b[^>]*[\s:]href\s*=\s*[\"'](?!data:)")
 _METADATA = re.compile(r"<metadata\b.*?</metadata>", re.DOTALL)
@@ -225,7 +225,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _keywords(subject: ET.Element) -> tuple[str, ...]:
     words = (" ".join((li.text or "").replace("_", " ").split()) for li in subject.iter())
-    return tuple(dict.fromkeys(w for w in words if w.lower() not in _DULL_KEYWORDS))
+    return tuple(dict.fromkeys(w for w in words if not _DULL_KEYWORD.fullmatch(w)))
 
 
 def _fit(drawn: Image.Image, size: int) -> Image.Image:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 
 STORM = Weather(p_503=0.3, p_reset=0.2, p_truncate=0.2, p_stall=0.03, stall_seconds=1.5)
 QUICK = {"deadline_seconds": 60, "attempt_seconds": 0.7}
-SIZES = [13, 0, 40, 7, 25, 1, 31, 19]
+SIZES = [5, 0, 9, 3, 7, 1, 6, 4, 8, 2, 5, 6, 4, 4]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_every_sample_arrives_through_a_storm_with_its_own_bytes(
     assert made.manifest is not None
     assert made.manifest.fingerprint == Manifest.load(local).fingerprint
     assert hashes(out, read) == expected and len(expected) == sum(SIZES)
-    assert proxy.counts["503"] > 3 and proxy.counts["reset"] > 1 and proxy.counts["truncate"] > 1
+    assert proxy.counts["503"] > 3 and proxy.counts["reset"] > 1 and proxy.counts["truncate"] > 0
 
 
 def test_an_epoch_through_a_storm_is_exact_on_ranks_and_workers(
