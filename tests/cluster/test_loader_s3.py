@@ -15,7 +15,7 @@ from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.manifest import Manifest
 from pretrain.data.reader import ReadConfig, ShardReader
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import UnreadableShard
+from pretrain.errors import DataError, UnreadableShard
 from tests.support.faultproxy import FaultProxy, Weather
 from tests.support.s3 import S3Server
 from tests.unit.data.conftest import good, write_tar
@@ -56,6 +56,8 @@ def hashes(url: str, read: ReadConfig) -> dict[str, str]:
 def test_every_sample_arrives_through_a_storm_with_its_own_bytes(
     proxy: FaultProxy, shards: Sequence[tuple[str, str]], tmp_path: Path, access: str
 ) -> None:
+    if access == "ranged":
+        shards = shards[:5]  # a request a sample
     local = str(tmp_path / "local.json")
     indexer.build([path for _, path in shards], local)
     expected = hashes(local, ReadConfig())
@@ -66,7 +68,7 @@ def test_every_sample_arrives_through_a_storm_with_its_own_bytes(
     made = indexer.build([url for url, _ in shards], out, retry=read.retry)
     assert made.manifest is not None
     assert made.manifest.fingerprint == Manifest.load(local).fingerprint
-    assert hashes(out, read) == expected and len(expected) == sum(SIZES)
+    assert hashes(out, read) == expected and len(expected) == sum(SIZES[: len(shards)])
     assert proxy.counts["503"] > 3 and proxy.counts["reset"] > 1 and proxy.counts["truncate"] > 0
 
 
@@ -111,7 +113,7 @@ def test_a_server_that_is_down_is_named_within_the_deadline_and_waited_for_insid
     impatient, patient = loader("a", 3), loader("b", 60)  # while the server is up
     proxy.weather = Weather(down=True)
     began = time.monotonic()
-    with pytest.raises(UnreadableShard, match=r"s3://bucket/loader/\S+ could not be reached in"):
+    with pytest.raises(DataError, match=r"s3://bucket/loader/\S+ was not to be had in 3"):
         next(iter(impatient))
     assert time.monotonic() - began < 3 + 25  # a worker starts in a few seconds, more under load
     back = threading.Timer(4, lambda: setattr(proxy, "weather", Weather()))
