@@ -133,7 +133,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(folder: Path, tmp_path: Path
     with pytest.raises(DataError, match="more than 100 times"):
         read(Watched(folder, 1 << 30), str(tmp_path / "x"), bomb, unpack=True)
     assert highest < 40 << 20 and not entries(folder) and not rubbish(folder)
-    with pytest.raises(DataError, match=r"data\.cache_gib"):
+    with pytest.raises(DataError, match=r"data\.read\.cache_gib"):
         read(ShardCache(folder, 1 << 20, longest_ratio=1e6), str(tmp_path / "x"), bomb, unpack=True)
     assert not entries(folder) and not rubbish(folder)
 
@@ -180,7 +180,7 @@ def test_an_evicted_file_is_read_to_its_end_by_who_has_it(proxy: FaultProxy, fol
 
 
 def test_a_shard_above_the_bound_is_a_clear_error(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"100000 bytes.*data\.cache_gib=.* raise"):
+    with pytest.raises(DataError, match=r"100000 bytes.*data\.read\.cache_gib=.* raise"):
         ShardCache(folder, SHARD - 1).open("https://host/x", SHARD)
 
 
@@ -340,7 +340,7 @@ def test_a_full_disk_evicts_and_then_says_so(
         assert read(shards, f"{proxy.url}/{name}", FILES[name]) == FILES[name]
     assert len(entries(folder)) == 2
     room = SHARD - 1
-    with pytest.raises(DataError, match=r"data\.cache=.*full disk"):
+    with pytest.raises(DataError, match=r"data\.read\.cache=.*full disk"):
         read(shards, f"{proxy.url}/4", FILES["4"])
     assert not rubbish(folder)
 
