@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _SPELT_WITH_VOWEL_SOUNDED_WITHOUT = ("euro", "ewe", "one", "uni", "uk", "use")
 _SPELT_WITHOUT_VOWEL_SOUNDED_WITH = ("hour", "herb", "heir", "honest", "x-ray")
 
-# Names that take no article: masses, activities, adjectives, proper names.
+# Names that take no article: masses, activities, adjectives, proper names, plurals without an s.
 _BARE = frozenset(
     {
         "arts",
@@ -37,8 +37,10 @@ _BARE = frozenset(
         "luggage",
         "mate",
         "meat",
+        "men",
         "money",
         "oden",
+        "people",
         "pong",
         "popcorn",
         "rail",
@@ -54,6 +56,7 @@ _BARE = frozenset(
         "thread",
         "unlocked",
         "voltage",
+        "women",
         "wood",
         "yarn",
     }
