@@ -17,8 +17,8 @@ SAMPLES_PER_SHARD = 256
 
 
 def study() -> Path:
-    """Folder of drawings of the study corpus as JPEGs of 256-512 px, from the project's own command:
-    about 7,400. One that was stopped is gone on with."""
+    """Folder of the study corpus as JPEGs of 256-512 px, from the project's own command:
+    about 7,400 drawings. One that was stopped is gone on with."""
     folder = cache_folder() / "study-256-512"
     if not (folder / "train.json").exists():
         print(f"making {folder}: some minutes, once", flush=True)
