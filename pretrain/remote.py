@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import fsspec
-import tenacity
 from fsspec.core import split_protocol, url_to_fs
 from fsspec.registry import known_implementations
 
@@ -107,6 +106,8 @@ class Remote:
             FileNotFoundError: there is no such object.
             DataError: an error that will not pass, or the deadline.
         """
+        import tenacity  # not where only local files are read: models are served without it
+
         begun, tries = time.monotonic(), 0
 
         def left() -> float:

@@ -10,12 +10,14 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pretrain.data import encoded
 from pretrain.data.order import rank_numbers
+from pretrain.data.slots import Slots
 from pretrain.data.source import DataConfig, Source
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, PretrainError
@@ -23,28 +25,54 @@ from pretrain.types import Batch, Reject
 
 __all__ = ["DataConfig", "Loader"]
 
+PREFETCH = 2  # batches asked of each worker at once
+HELD = 3  # batches of the rank's own: the one in use, the next, one being copied to the device
 
-class _Steps(Dataset[Batch | PretrainError]):
-    """Item: sample numbers of a rank's batch -> that batch, or the error that prevents it."""
+
+class _Asked(NamedTuple):
+    """Sample numbers of a rank's batch, and the slot for its pixels, or None."""
+
+    numbers: range
+    slot: int | None
+
+
+class _Made(NamedTuple):
+    """A batch; its pixels are in the slot, if there is one."""
+
+    batch: Batch
+    slot: int | None
+
+
+class _Steps(Dataset[_Made | PretrainError]):
+    """Item: what is asked -> that batch, or the error that prevents it."""
 
     def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
         self.config, self.source, self.tokenizer = config, source, tokenizer
+        self.slots: Slots | None = None
         self._looked = 0
 
-    def __getitem__(self, numbers: range) -> Batch | PretrainError:
+    def __getitem__(self, asked: _Asked) -> _Made | PretrainError:
         try:
-            self._look_ahead(numbers)
-            return self._batch(numbers)
+            self._look_ahead(asked.numbers)
+            return _Made(self._batch(*asked), asked.slot)
         except PretrainError as error:
             return error  # the rank raises it: torch would put a worker's traceback into its text
 
-    def _batch(self, numbers: range) -> Batch:
-        samples = self.source.samples(numbers)
+    def _batch(self, numbers: range, slot: int | None = None) -> Batch:
+        places = self.source.places(numbers)
+        shape = (3, *places[0].shape)
+        pixels = None
+        if slot is not None and self.slots is not None:
+            pixels = self.slots.view(slot, (len(numbers), *shape))
+        samples = self.source.samples(numbers, places, pixels)
         captions = tuple(s.caption for s in samples)
         tokens, mask = self.tokenizer.encode(captions, self.config.tokens)
         rejects: list[Reject] = [r for s in samples for r in s.rejects]
         return Batch(
-            torch.stack([s.picture_CHW for s in samples]),
+            # (What is in a slot is there already; the rank makes a tensor of it.)
+            torch.stack([s.picture_CHW for s in samples])
+            if pixels is None
+            else torch.empty(0, *shape, dtype=torch.uint8),
             tokens,
             mask,
             torch.tensor(numbers),
@@ -65,16 +93,20 @@ class _Steps(Dataset[Batch | PretrainError]):
         self.source.ahead(range(numbers.start, numbers.start + reach, numbers.step), part)
 
 
-class _Schedule(Sampler[range]):
+class _Schedule(Sampler[_Asked]):
     """The rank's sample numbers of each step, from ``start``, for ever."""
 
-    def __init__(self, start: int, global_batch: int, rank: int, world: int) -> None:
+    def __init__(
+        self, start: int, global_batch: int, rank: int, world: int, slots: Slots | None
+    ) -> None:
         self.start, self.global_batch, self.rank, self.world = start, global_batch, rank, world
+        self.slots = slots
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[_Asked]:
         start = self.start
         while True:
-            yield rank_numbers(start, self.global_batch, self.rank, self.world)
+            numbers = rank_numbers(start, self.global_batch, self.rank, self.world)
+            yield _Asked(numbers, self.slots.take() if self.slots else None)
             start += self.global_batch
 
 
@@ -148,8 +180,12 @@ class Loader:
         return found if self.config.encoded_text else [replace(e, text=None) for e in found]
 
     def __iter__(self) -> Iterator[Batch]:
-        schedule = _Schedule(self.next_sample, self.global_batch, self.rank, self.world)
-        workers = self.config.workers
+        c, workers, slots = self.config, self.config.workers, None
+        if workers and not c.encoded:
+            pixel_bytes = self.global_batch // self.world * 3 * c.size**2
+            slots = Slots(workers * PREFETCH + HELD, pixel_bytes)
+        self._steps.slots = slots
+        schedule = _Schedule(self.next_sample, self.global_batch, self.rank, self.world, slots)
         if workers:
             # Imported once by the server that workers are forked from, not by each worker.
             multiprocessing.set_forkserver_preload(["pretrain.data.loader"])
@@ -158,16 +194,20 @@ class Loader:
             sampler=schedule,
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             # Forked from a training process, a child can inherit a lock that no thread will ever
             # release.
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in batches:
-            if isinstance(batch, PretrainError):
-                raise batch
+        for made in batches:
+            if isinstance(made, PretrainError):
+                raise made
+            batch, slot = made
+            if slots is not None and slot is not None:
+                shape = (len(batch), *batch.images_BCHW.shape[1:])
+                batch = replace(batch, images_BCHW=slots.hand_out(slot, shape))
             # Counted when it is handed out: what workers have read ahead is read again after a
             # resume.
             self.next_sample += self.global_batch

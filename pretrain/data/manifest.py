@@ -102,7 +102,7 @@ class Shards(Sequence[Shard]):
         self.columns = {
             **text,
             **numbers,
-            "aspects": np.array(aspects, dtype=np.int64).reshape(len(aspects), len(ASPECTS)),
+            "aspects": np.array(aspects, dtype=np.uint32).reshape(len(aspects), len(ASPECTS)),
         }
 
     def __len__(self) -> int:
@@ -201,8 +201,10 @@ class Manifest:
     def save(self, url: str) -> None:
         """Write as JSON, whole or not at all: a column a field, so that 100,000 shards load in a
         second."""
-        columns = {name: [getattr(s, name) for s in self.shards] for name in _COLUMNS}
-        columns["aspects"] = [a if any(a) else () for a in columns["aspects"]]
+        held = self.shards.columns
+        columns: dict[str, list[Any]] = {n: [v.decode() for v in held[n].tolist()] for n in _TEXT}
+        columns |= {n: held[n].tolist() for n in _NUMBERS}
+        columns["aspects"] = [a if any(a) else () for a in held["aspects"].tolist()]
         lines = ",\n".join(f'  "{name}": {json.dumps(values)}' for name, values in columns.items())
         text = f'{{\n "schema": {SCHEMA},\n "shards": {{\n{lines}\n }}\n}}\n'
         storage.write_bytes(url, text.encode())

@@ -31,7 +31,7 @@ from pretrain.types import Reject
 
 Rows = npt.NDArray[np.void]
 
-OPEN_FILES = 64  # of a reader; a shuffling window spans fewer shards as a rule
+OPEN_FILES = 256  # of a reader: more shards than its lanes' windows span, as a rule
 KNOWN_SHARDS = 256  # shards whose rows a reader keeps
 
 
@@ -98,7 +98,9 @@ class MemberTable:
                 f"samples need {manifest.num_samples * ROW.itemsize}; {remedy}"
             )
         # Mapped, not read: at a billion samples the table has 20 GB and a worker needs a few rows.
-        self._local = None if storage.is_remote(url) else np.memmap(url, ROW, mode="r")
+        self._local = (
+            None if storage.is_remote(url) else np.memmap(url, ROW, mode="r").view(np.ndarray)
+        )
         self._kept: OrderedDict[int, Rows] = OrderedDict()
 
     def rows(self, shard: int) -> Rows:
@@ -144,10 +146,10 @@ class ShardReader:
         if place in self._given_up:
             raise self._given_up[place]  # the deadline was spent once
         url = self.manifests[dataset].url(shard)
-        row = self.tables[dataset].rows(shard)[index]
+        offset, length, crc32, *_ = self.tables[dataset].rows(shard)[index].tolist()
         try:
-            data = self._bytes(place, int(row["offset"]), int(row["bytes"]))
-            if zlib.crc32(data) != row["crc32"]:
+            data = self._bytes(place, offset, length)
+            if zlib.crc32(data) != crc32:
                 self._forget(place)
                 raise UnreadableShard(
                     f"shard={url!r}: sample {index} has other bytes than were indexed; restore the "
@@ -200,12 +202,13 @@ class ShardReader:
         return manifest.url(place[1]), manifest.shards[place[1]]
 
     def _bytes(self, place: tuple[int, int], offset: int, length: int) -> bytes:
-        url = self._entry(place)[0]
-        if not self._cached(place) and storage.is_remote(url):
-            try:
-                return storage.read_range(url, offset, offset + length, self.config.retry)
-            except (FileNotFoundError, DataError) as error:
-                raise UnreadableShard(f"shard={url!r}: {error}", url) from None
+        if place not in self._files:  # once a sample: what is open needs no look at its entry
+            url = self._entry(place)[0]
+            if not self._cached(place) and storage.is_remote(url):
+                try:
+                    return storage.read_range(url, offset, offset + length, self.config.retry)
+                except (FileNotFoundError, DataError) as error:
+                    raise UnreadableShard(f"shard={url!r}: {error}", url) from None
         data = os.pread(self._file(place), length, offset)
         while len(data) < length:  # a signal or the 2 GiB limit of one call
             more = os.pread(self._file(place), length - len(data), offset + len(data))

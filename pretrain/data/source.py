@@ -280,15 +280,26 @@ class Source:
         datasets = np.searchsorted(firsts, joined, side="right") - 1
         return datasets, joined - firsts[datasets], indices, aspects
 
-    def samples(self, numbers: Sequence[int]) -> list[Sample]:
+    def samples(
+        self,
+        numbers: Sequence[int],
+        places: Sequence[Place] | None = None,
+        out: Tensor | None = None,
+    ) -> list[Sample]:
         """The samples of ``numbers``; one that is refused is replaced by a good one near it.
+
+        Args:
+            places: of the numbers, where they are known already.
+            out: (len(numbers), 3, H, W) uint8 to decode into; None: memory of its own for each.
 
         Raises:
             UnreadableShard: and the configuration says to stop at one.
             DataError: nothing near a refused sample can be used.
         """
+        rows = [None] * len(numbers) if out is None else out
         return [
-            self._sample(n, place) for n, place in zip(numbers, self.places(numbers), strict=True)
+            self._sample(n, place, row)
+            for n, place, row in zip(numbers, places or self.places(numbers), rows, strict=True)
         ]
 
     def ahead(self, numbers: Sequence[int], part: tuple[int, int]) -> None:
@@ -313,7 +324,9 @@ class Source:
 
     def _bucketed(self, group: int) -> Buckets:
         o = self.config.order
-        sizes = np.concatenate([m.shards.columns["aspects"] for m in self.manifests]).T
+        sizes = np.concatenate([m.shards.columns["aspects"] for m in self.manifests]).T.astype(
+            np.int64
+        )
         return Buckets(sizes, self.seed, group, lanes=o.lanes, window=o.window)
 
     def _open(self) -> ShardReader:
@@ -322,13 +335,13 @@ class Source:
             self._reader = ShardReader(self.manifests, self.config.read)
         return self._reader
 
-    def _sample(self, number: int, place: Place) -> Sample:
+    def _sample(self, number: int, place: Place, row: Tensor | None = None) -> Sample:
         rejects: list[Reject] = []
-        found = self._try(number, place, place, rejects)
+        found = self._try(number, place, place, rejects, row)
         if found is not None:
             return found
         for other in self._substitutes(number, place):
-            found = self._try(number, place, other, rejects=[])
+            found = self._try(number, place, other, [], row)
             if found is not None:
                 return Sample(**{**vars(found), "rejects": rejects})
         raise DataError(
@@ -337,7 +350,9 @@ class Source:
             "`python -m pretrain data verify`"
         )
 
-    def _try(self, number: int, place: Place, used: Place, rejects: list[Reject]) -> Sample | None:
+    def _try(
+        self, number: int, place: Place, used: Place, rejects: list[Reject], row: Tensor | None
+    ) -> Sample | None:
         """The sample at ``used``, or None and the reason appended to ``rejects``."""
         c = self.config
         try:
@@ -360,14 +375,17 @@ class Source:
         except Refused as refused:
             rejects.append(Reject(refused.reason, raw.shard, raw.key))
             return None
-        pixels = picture(image, place.shape, c.crop, self.seed, number)
+        pixels = picture(image, place.shape, c.crop, self.seed, number, row)
+        changed = augment(pixels, c.flip, c.jitter, self.seed, number)
+        if row is not None and changed is not pixels:
+            changed = row.copy_(changed)
         return Sample(
             number,
             place,
             used,
             raw.key,
             choose_caption(captions, self.seed, number),
-            augment(pixels, c.flip, c.jitter, self.seed, number),
+            changed,
             rejects,
         )
 
