@@ -2,6 +2,9 @@
 error."""
 
 import hashlib
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import DataError, UnreadableShard
 from tests.support.faultproxy import FaultProxy, Weather
 from tests.support.s3 import S3Server
-from tests.unit.data.conftest import good, write_tar
+from tests.unit.data.conftest import ROOT, good, write_tar
 from tests.unit.data.conftest import small_tokenizer as small_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -87,14 +90,27 @@ def test_an_epoch_through_a_storm_is_exact_on_ranks_and_workers(
         "read": {**QUICK, "cache": str(tmp_path / "cache")},
         "order": {"lanes": 2, "window": 32},
     }
-    config = configs.build(DataConfig, tree)
     batch, world = 8, 2
     steps = sum(SIZES) // batch
     assert steps * batch == sum(SIZES)
-    keys: list[str] = []
-    for rank in range(world):
-        batches = iter(Loader(config, Tokenizer(small_tokenizer), 3, batch, rank, world))
-        keys += [key for _ in range(steps) for key in next(batches).keys]
+    # A process of its own: workers get the environment (the proxy's address) of the fork server,
+    # which an earlier test may have started here.
+    script = f"""
+import json
+from pretrain.data.loader import DataConfig, Loader
+from pretrain.data.tokenizer import Tokenizer
+config = DataConfig(**{tree!r})
+keys = []
+for rank in range({world}):
+    batches = iter(Loader(config, Tokenizer(config.tokenizer), 3, {batch}, rank, {world}))
+    keys += [key for _ in range({steps}) for key in next(batches).keys]
+print(json.dumps(keys))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    keys = json.loads(done.stdout.splitlines()[-1])
     assert sorted(keys) == sorted(f"s{s}-{i}" for s, n in enumerate(SIZES) for i in range(n))
 
 
@@ -105,13 +121,12 @@ def test_a_server_that_is_down_is_named_within_the_deadline_and_waited_for_insid
     indexer.build([url for url, _ in shards], out)
     tree = {"train": out, "tokenizer": small_tokenizer, "size": 8, "tokens": 8}
 
-    def loader(folder: str, deadline: float, workers: int) -> Loader:
+    def loader(folder: str, deadline: float) -> Loader:
         read = {"deadline_seconds": deadline, "attempt_seconds": 1, "cache": str(tmp_path / folder)}
-        config = configs.build(DataConfig, {**tree, "read": read, "workers": workers})
+        config = configs.build(DataConfig, {**tree, "read": read, "workers": 0})
         return Loader(config, Tokenizer(small_tokenizer), 3, 4, 0, 1)
 
-    # Made while the server is up; the first without a worker, whose start takes time of its own.
-    impatient, patient = loader("a", 3, 0), loader("b", 60, 1)
+    impatient, patient = loader("a", 3), loader("b", 60)
     proxy.weather = Weather(down=True)
     began = time.monotonic()
     with pytest.raises(DataError, match=r"s3://bucket/loader/\S+ was not to be had in 3"):

@@ -81,7 +81,10 @@ def test_too_many_refusals_stop_the_run_and_name_the_worst_shards(
     planted: tuple[Planted, str], tmp_path: Path
 ) -> None:
     _, manifest = planted
-    done = run(tmp_path / "run", manifest, "data.max_reject_rate=0.01", f"training.samples={10**5}")
+    settings = ("data.max_reject_rate=0.01", "training.samples=100000")
+    done = run(
+        tmp_path / "run", manifest, *settings, "training.global_batch=64", "engine.micro_batch=32"
+    )
     assert done.returncode not in (0, 75)
     text = done.stdout + done.stderr
     assert "data.max_reject_rate=0.01" in text and "Worst shards: " in text
