@@ -37,8 +37,8 @@ def run(output: Path, manifest: str, *settings: str) -> subprocess.CompletedProc
         f"output={output}",
         f"data.train={manifest}",
         f"training.samples={EPOCHS * samples}",
-        f"training.global_batch={EPOCHS}",
-        "engine.micro_batch=2",
+        f"training.global_batch={samples}",  # an epoch a step, half of it on each rank
+        f"engine.micro_batch={samples // 2}",
         "data.workers=1",
         f"data.max_bytes={MAX_BYTES}",
         "evaluators={validation: null, zero_shot: null, retrieval: null, samples: null}",
