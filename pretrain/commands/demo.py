@@ -2,6 +2,8 @@
 
 import argparse
 
+from pretrain.commands._options import add_overrides
+
 HELP = (
     "train the quickstart, score it, register it, and use the registered model from a fresh process"
 )
@@ -21,14 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", default="configs/quickstart.yaml", help="default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override one field",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--alias", default="champion", help="alias of the registered version (default: %(default)s)"
     )

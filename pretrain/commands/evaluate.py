@@ -2,20 +2,15 @@
 
 import argparse
 
+from pretrain.commands._options import add_overrides
+
 HELP = "score a run's newest checkpoint with its evaluators"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--output", required=True, help="the run's output folder")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override one field, such as evaluators.zero_shot.noises=8",
-    )
+    add_overrides(parser, "override one field, such as evaluators.zero_shot.noises=8")
     parser.add_argument("--only", action="append", help="run this evaluator alone; may be repeated")
 
 

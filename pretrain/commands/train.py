@@ -2,6 +2,8 @@
 
 import argparse
 
+from pretrain.commands._options import add_overrides
+
 HELP = (
     "train a model (under a launcher: deepspeed --num_gpus 2 --module pretrain train --config ...)"
 )
@@ -12,14 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="YAML file, such as configs/quickstart.yaml"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override one field",
-    )
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     parser.add_argument(
         "--ranks", type=int, default=None, help="with --dry-run: number of ranks to plan for"

@@ -9,20 +9,15 @@ import argparse
 import sys
 import time
 
+from pretrain.commands._options import add_overrides, parse_part
+
 HELP = "precompute latents and text features into shards that the trainer takes instead"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", required=True, help="of the run that trains on the pictures")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override one field",
-    )
+    add_overrides(parser)
     parser.add_argument("--out", required=True, help="folder or URL of the encoded shards")
     parser.add_argument(
         "--model",
@@ -47,14 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from pretrain import config
     from pretrain.encode import encode
     from pretrain.encoders import Options
-    from pretrain.errors import ConfigError
     from pretrain.run_config import RunConfig
 
-    try:
-        number, _, parts = args.part.partition("/")
-        part = (int(number), int(parts))
-    except ValueError:
-        raise ConfigError(f"--part={args.part} must be I/N, as 0/4") from None
+    part = parse_part(args.part)
     settings = config.load(RunConfig, args.config, args.overrides)
     options = Options(args.model, args.batch, args.dtype, args.flip, args.text, part)
     began = last = time.monotonic()

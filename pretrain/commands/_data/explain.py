@@ -5,20 +5,15 @@ A sample is a pure function of the configuration, its seed and its number: no ru
 
 import argparse
 
+from pretrain.commands._options import add_overrides
+
 HELP = "the exact samples of a step, as a table and as pictures"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="overrides",
-        help="override one field, as the run did",
-    )
+    add_overrides(parser, "override one field, as the run did")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--step",

@@ -8,6 +8,8 @@ import argparse
 import sys
 import time
 
+from pretrain.commands._options import parse_part
+
 HELP = "write a manifest of existing shards, local or remote"
 
 
@@ -37,15 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Index, and say what was found."""
     from pretrain.data import index
-    from pretrain.errors import ConfigError
 
-    try:
-        number, _, parts = args.part.partition("/")
-        part = (int(number), int(parts))
-        if not 0 <= part[0] < part[1]:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"--part={args.part} must be I/N with 0 <= I < N, as 0/4") from None
+    part = parse_part(args.part)
     urls = index.expand(args.shards)
     began = last = time.monotonic()
 

@@ -1,0 +1,28 @@
+"""Options that several commands share."""
+
+import argparse
+
+from pretrain.errors import ConfigError
+
+
+def add_overrides(parser: argparse.ArgumentParser, help: str = "override one field") -> None:
+    """``--set FIELD=VALUE``, any number of times, as ``args.overrides``."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides", help=help
+    )
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(I, N) of ``--part I/N``.
+
+    Raises:
+        ConfigError: it is not of that form, or I is not below N.
+    """
+    try:
+        number, _, parts = text.partition("/")
+        part = (int(number), int(parts))
+        if not 0 <= part[0] < part[1]:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--part={text} must be I/N with 0 <= I < N, as 0/4") from None
+    return part
