@@ -3,131 +3,17 @@ deepspeed."""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from pretrain import comm, ops
-from pretrain.config import Config
-from pretrain.errors import ConfigError, NonFiniteError
+from pretrain.engine_config import EngineConfig, accumulation, deepspeed_config
+from pretrain.errors import NonFiniteError
+from pretrain.optim import OptimizerConfig, parameter_groups
 from pretrain.types import Batch, StepOutput
-
-
-class EngineConfig(Config):
-    """How a step is computed and its state is spread.
-
-    Attributes:
-        precision: type of weights and activations; the optimizer's master weights are fp32 in any
-            case.
-        zero_stage: 3 partitions parameters, gradients and optimizer state; 0 replicates all (for
-            comparison).
-        micro_batch: samples of one rank in one forward pass.
-        persist_parameters: parameters of at most this many elements are kept whole on every rank,
-            not gathered.
-        bucket_elements: most elements in one reduction or prefetch.
-        clip_norm: global gradient norm above which gradients are scaled down.
-        bad_steps_limit: non-finite losses in a row after which the run stops.
-    """
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    micro_batch: int = Field(64, ge=1)
-    persist_parameters: int = Field(100_000, ge=0)
-    bucket_elements: int = Field(50_000_000, ge=1)
-    clip_norm: float = Field(1.0, gt=0)
-    bad_steps_limit: int = Field(10, ge=1)
-
-
-class OptimizerConfig(Config):
-    """AdamW and its learning rate over samples seen.
-
-    Attributes:
-        lr: peak learning rate.
-        betas, eps, weight_decay: AdamW's; norms, biases and scalars are not decayed.
-        warmup_samples: linear warm-up from 0.
-        schedule: after warm-up, "cosine" to ``lr × final`` at the end of training, or "constant".
-        final: the last learning rate as a share of the peak.
-        rate_scales: factor of the learning rate of parameters by the beginning of their names, such
-            as {model.trunk.unet: 0.1} (DiffDis trains the U-Net at a tenth of the new modules'
-            rate).
-    """
-
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_samples: int = Field(4000, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final: float = Field(0.02, ge=0, le=1)
-    rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
-
-    def rate(self, samples: int, total_samples: int) -> float:
-        """The learning rate of the step that starts after ``samples`` samples: a function of
-        nothing else."""
-        if samples < self.warmup_samples:
-            return self.lr * (samples + 1) / (self.warmup_samples + 1)
-        if self.schedule == "constant":
-            return self.lr
-        span = max(1, total_samples - self.warmup_samples)
-        part = min(1.0, (samples - self.warmup_samples) / span)
-        return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * part)))
-
-
-def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by decay and by learning rate.
-
-    Matrices are decayed; norms, biases and scalars are not. ``rate_scale`` of a group is the factor
-    of the longest prefix in ``config.rate_scales`` that begins its parameters' names, else 1.
-
-    Raises:
-        ConfigError: a prefix begins no parameter's name.
-    """
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    for prefix in config.rate_scales:
-        if not any(name.startswith(prefix) for name, _ in named):
-            tops = sorted({".".join(name.split(".")[:3]) for name, _ in named})
-            raise ConfigError(
-                f"optimizer.rate_scales names {prefix!r}, which begins no parameter; "
-                f"there are: {', '.join(tops)}"
-            )
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        fitting = [prefix for prefix in config.rate_scales if name.startswith(prefix)]
-        scale = config.rate_scales[max(fitting, key=len)] if fitting else 1.0
-        groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "rate_scale": scale,
-        }
-        for (decayed, scale), parameters in groups.items()
-    ]
-
-
-def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
-    """Micro-steps of one optimizer step.
-
-    Raises:
-        ConfigError: micro_batch × ranks does not divide the global batch.
-    """
-    per_pass = config.micro_batch * world
-    if global_batch % per_pass:
-        fits = [m for m in range(1, global_batch // world + 1) if global_batch % (m * world) == 0]
-        remedy = (
-            f"try {', '.join(map(str, fits[-3:]))}"
-            if fits
-            else f"use a global_batch that {world} divides"
-        )
-        raise ConfigError(
-            f"engine.micro_batch={config.micro_batch} on {world} ranks does not divide "
-            f"training.global_batch={global_batch}; {remedy}"
-        )
-    return global_batch // per_pass
 
 
 def init_distributed() -> None:
@@ -272,35 +158,6 @@ class Engine:
                 "samples: "
                 f"{first}–{last}); lower optimizer.lr, or raise engine.bad_steps_limit"
             )
-
-
-def deepspeed_config(config: EngineConfig, accumulation_steps: int) -> Mapping[str, Any]:
-    """DeepSpeed's own configuration for ``config``."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.zero_stage:
-        zero |= {
-            "reduce_bucket_size": config.bucket_elements,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-        }
-    if config.zero_stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": config.persist_parameters,
-            "stage3_prefetch_bucket_size": config.bucket_elements,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
 
 
 def _free_port() -> int:

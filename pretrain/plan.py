@@ -8,7 +8,7 @@ import torch
 
 from pretrain import storage
 from pretrain.data.source import Source
-from pretrain.engine import accumulation
+from pretrain.engine_config import accumulation
 from pretrain.errors import ConfigError
 from pretrain.model.autoencoder import SpaceToDepth, SpaceToDepthConfig
 from pretrain.model.diffdis import DiffDis

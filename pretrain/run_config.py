@@ -10,11 +10,12 @@ from pretrain import plugins
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.config import Config, build
 from pretrain.data.loader import DataConfig
-from pretrain.engine import EngineConfig, OptimizerConfig, accumulation
+from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
 from pretrain.evaluators.base import EvaluatorConfig
 from pretrain.inference import InferenceConfig
 from pretrain.model.diffdis import ModelConfig
+from pretrain.optim import OptimizerConfig
 from pretrain.task import TaskConfig, check_objectives
 from pretrain.tracking import TrackingConfig
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from pretrain.engine import Engine, EngineConfig, OptimizerConfig, parameter_groups
+from pretrain.engine import Engine
+from pretrain.engine_config import EngineConfig
+from pretrain.optim import OptimizerConfig, parameter_groups
 from pretrain.task import TaskConfig
 from tests.support import ranks, tiny
 

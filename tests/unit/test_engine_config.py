@@ -2,8 +2,9 @@
 
 import pytest
 
-from pretrain.engine import EngineConfig, OptimizerConfig, accumulation, parameter_groups
+from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
+from pretrain.optim import OptimizerConfig, parameter_groups
 from tests.support import tiny
 
 

@@ -19,7 +19,7 @@ LAYERS: dict[str, list[str]] = {
         "data/ diffusion/ model/",
         "objectives/",
         "task ema inference",
-        "engine",
+        "engine engine_config optim partitions",
         "checkpoint evaluators/ tracking/ registry pyfunc_model",
         "run_config plan",
         "train export summary encode encoders",
