@@ -1,11 +1,10 @@
 """python -m pretrain COMMAND: one file in pretrain/commands for each."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
-from pretrain import plugins
+from pretrain import plugins, stop
 from pretrain.errors import PretrainError
 
 PACKAGE = "pretrain.commands"
@@ -16,13 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # The deepspeed launcher puts --local_rank=N first; ranks are read from the environment.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
-    if arguments[:1] == ["train"]:
-        # Until the trainer's own handlers stand, a signal during the slow imports ends the rank
-        # with the code that says "start it again": no step was made, there is nothing to save.
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: sys.exit(75))
     known = plugins.names(PACKAGE)
-    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    chosen = _command(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m pretrain", description="Pretrain, evaluate and use DiffDis models."
     )
@@ -42,5 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _command(arguments: Sequence[str]) -> str | None:
+    return next((a for a in arguments if not a.startswith("-")), None)
+
+
 if __name__ == "__main__":
+    if _command(sys.argv[1:]) == "train" and "--dry-run" not in sys.argv:
+        # Before the slow imports: a signal during them must not kill the rank.
+        stop.install(stop.GIVE_UP_SECONDS)
+        stop.tolerate_closed_output()
     sys.exit(main())

@@ -98,6 +98,15 @@ def agree_any(flag: bool) -> bool:
     return not agree_all(not flag)
 
 
+def mean(value: Tensor) -> float:
+    """Mean over ranks of a scalar; not finite anywhere if it is not finite on one rank."""
+    value = value.detach().double().reshape(1)
+    if _on() and world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return float(value.item())
+
+
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Mean of each named value over ranks; every rank must hold the same names."""
     if not (_on() and world_size() > 1) or not values:

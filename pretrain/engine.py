@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain import comm, ops
+from pretrain.ema import Ema, EmaConfig
 from pretrain.engine_config import EngineConfig, accumulation, deepspeed_config
-from pretrain.errors import NonFiniteError
+from pretrain.errors import CheckpointError
+from pretrain.guard import GRADIENT, SCALE, Guard, GuardConfig, Refusal
 from pretrain.optim import OptimizerConfig, parameter_groups
+from pretrain.partitions import Copy, Partitions
+from pretrain.parts import Parts
 from pretrain.types import Batch, StepOutput
 
 
@@ -42,17 +46,24 @@ def init_distributed() -> None:
 
 
 class Engine:
-    """A task under ZeRO. Every method but `config` is collective: all ranks call it, in the same
-    order.
+    """A task under ZeRO, with moving averages of its weights. Every method is collective but those
+    that say otherwise: all ranks call it, in the same order.
 
     Args:
         task: ``task(batch) -> StepOutput``; its parameters are partitioned in place.
-        config, optimizer: settings.
+        config, optimizer, ema: settings.
         global_batch: samples of one optimizer step over all ranks.
+        guard: judges each micro-batch's loss; without one, whether it is finite.
     """
 
     def __init__(
-        self, task: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, global_batch: int
+        self,
+        task: nn.Module,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        global_batch: int,
+        ema: EmaConfig = EmaConfig(),  # noqa: B008 (frozen)
+        guard: Guard | None = None,
     ) -> None:
         import deepspeed
 
@@ -63,8 +74,9 @@ class Engine:
 
         zero_utils.warned = True
         self.config = config
+        self.global_batch = global_batch
         self.accumulation = accumulation(config, global_batch, comm.world_size())
-        self.bad_steps = 0
+        self.guard = guard or Guard(GuardConfig(spike_z=None))
         groups = parameter_groups(task, optimizer)
         self._rate_scales = [group["rate_scale"] for group in groups]
         adamw = torch.optim.AdamW(
@@ -80,84 +92,148 @@ class Engine:
                 optimizer=adamw,
                 config=deepspeed_config(config, self.accumulation),
             )
+        self.partitions = Partitions(
+            self._engine.module, self._optimizer, comm.rank(), comm.world_size()
+        )
+        self.ema = Ema(self.partitions.flats, ema)
 
-    def step(self, batch: Batch, lr: float) -> StepOutput | None:
+    def step(self, batch: Batch, lr: float, samples: int = 0) -> StepOutput | Refusal:
         """One optimizer step on this rank's part of a global batch.
 
-        Returns:
-            The loss and metrics, means over this rank's micro-batches; None when a rank's loss was
-            not finite, and all ranks left the weights untouched.
+        Args:
+            lr: learning rate.
+            samples: seen before it, for the moving averages.
 
-        Raises:
-            NonFiniteError: that happened ``bad_steps_limit`` times in a row.
+        Returns:
+            The loss and metrics, means over this rank's micro-batches; or why all ranks left the
+            weights untouched.
         """
         for group, scale in zip(self._optimizer.param_groups, self._rate_scales, strict=True):
             group["lr"] = lr * scale
         self._engine.train()
         outputs = []
-        for micro in batch.to(comm.device()).split(self.accumulation):
+        losses = []
+        for done, micro in enumerate(batch.to(comm.device()).split(self.accumulation)):
             output: StepOutput = self._engine(micro)
-            if not comm.agree_all(bool(torch.isfinite(output.loss).item())):
-                self._refuse(batch)
-                return None
+            loss = comm.mean(output.loss.detach())
+            why = self.guard.judge(loss)
+            if why:
+                self._drop_gradients(done)
+                return Refusal(why, loss)
             self._engine.backward(output.loss)
             self._engine.step()
             outputs.append(output)
-        self.bad_steps = 0
+            losses.append(loss)
+        mean = sum(losses) / len(losses)
+        if getattr(self._optimizer, "overflow", False):
+            return Refusal(SCALE if self.config.precision == "fp16" else GRADIENT, mean)
+        self.guard.accept(mean)
+        self.ema.update(samples + self.global_batch, self.global_batch)
         names = outputs[0].metrics
         metrics = {n: torch.stack([o.metrics[n] for o in outputs]).mean() for n in names}
         return StepOutput(metrics["loss"], metrics)
 
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping. Not collective."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else math.nan
 
-    def gather(self) -> dict[str, Tensor]:
-        """Every parameter whole, fp32 masters, on the CPU of every rank, one parameter at a
-        time."""
+    def gather(self, half_life: int | None = None) -> dict[str, Tensor]:
+        """Every parameter whole, fp32, on the CPU of every rank, one parameter at a time.
+
+        Args:
+            half_life: of the moving average to take; None takes the weights.
+        """
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
-        for name, parameter in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            assert full is not None, name
-            state[name] = full.detach().float().cpu().clone()
+        with self._in_place_of_weights(half_life):
+            for name, parameter in self._engine.module.named_parameters():
+                if parameter.requires_grad and not self.partitions.replicated:
+                    full = safe_get_full_fp32_param(parameter)
+                else:
+                    with deepspeed.zero.GatheredParameters(
+                        [parameter], enabled=hasattr(parameter, "ds_id")
+                    ):
+                        full = parameter.detach().clone()
+                assert full is not None, name
+                state[name] = full.detach().float().cpu().clone()
         return state
 
-    def save(self, folder: str, tag: str) -> None:
-        """Write each rank's part of weights, master weights and optimizer state under
-        ``folder/tag``."""
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+    def copy(self) -> Copy:
+        """This rank's part of weights, AdamW's moments and moving averages, copied to the CPU. Not
+        collective."""
+        return self.partitions.copy(self.ema.tensors())
 
-    def load(self, folder: str, tag: str) -> None:
-        """Restore what `save` wrote, on the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(folder, tag=tag)
-        assert path is not None, f"DeepSpeed found nothing at {folder}/{tag}"
+    def restore(self, copy: Copy) -> None:
+        """Go back to a copy of this rank's own; where `Partitions.restorable`."""
+        self.partitions.restore(copy)
+        for kind, copies in self.ema.tensors().items():
+            for mine, value in zip(copies, copy.tensors[kind], strict=True):
+                mine.copy_(value)
+
+    def load(self, parts: Parts) -> None:
+        """Take the state from a checkpoint of any number of ranks. An average it lacks starts at
+        the weights.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        wrong = [
+            name
+            for name, shape in self.partitions.shapes.items()
+            if parts.shapes.get(name) != shape
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint={str(parts.folder)!r} lacks {len(wrong)} of "
+                f"{len(self.partitions.shapes)} parameters, or has them in another shape "
+                f"({', '.join(wrong[:3])}); it is of another model: restore the configuration, or "
+                "start with a new output"
+            )
+        self.partitions.load(parts.read, parts.steps)
+        self.ema.restart()
+        for kind, copies in self.ema.tensors().items():
+            if kind in parts.kinds:
+                for mine, value in zip(copies, self.partitions.like(parts.read, kind), strict=True):
+                    mine.copy_(value)
 
     @contextmanager
-    def evaluating(self) -> Iterator[dict[str, Tensor]]:
-        """The gathered weights, for a plain copy of the task on each rank: no collective runs
-        inside.
+    def evaluating(self, half_life: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """The gathered weights, or a moving average of them, for a plain copy of the task on each
+        rank: no collective runs inside.
 
         Ranks may then do unequal work without a hang; the price is one copy of the weights a rank.
         """
-        state = self.gather()
+        state = self.gather(half_life)
         comm.barrier()
         yield state
         comm.barrier()
 
-    def _refuse(self, batch: Batch) -> None:
-        # The gradients of earlier micro-batches of this step are dropped with it.
+    @contextmanager
+    def _in_place_of_weights(self, half_life: int | None) -> Iterator[None]:
+        """The master weights are the moving average inside, and themselves again after."""
+        if half_life is None:
+            yield
+            return
+        with torch.no_grad():
+            kept = [flat.detach().clone() for flat in self.partitions.flats]
+            for flat, average in zip(
+                self.partitions.flats, self.ema.copies[half_life], strict=True
+            ):
+                flat.data.copy_(average)
+            try:
+                yield
+            finally:
+                for flat, value in zip(self.partitions.flats, kept, strict=True):
+                    flat.data.copy_(value)
+
+    def _drop_gradients(self, micro_steps: int) -> None:
+        """Forget the micro-batches of this step that were already taken in."""
         self._engine.optimizer.zero_grad()
-        self.bad_steps += 1
-        if self.bad_steps >= self.config.bad_steps_limit:
-            first, last = int(batch.positions_B.min()), int(batch.positions_B.max())
-            raise NonFiniteError(
-                f"the loss was not finite in {self.bad_steps} steps in a row (this rank's last "
-                "samples: "
-                f"{first}–{last}); lower optimizer.lr, or raise engine.bad_steps_limit"
-            )
+        # DeepSpeed counts them to know when a step is complete.
+        self._engine.micro_steps -= micro_steps
 
 
 def _free_port() -> int:

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pretrain.config import Config
 from pretrain.errors import ConfigError
+
+# Gathered weights that stay whole from the forward pass to the backward pass.
+LIVE_PARAMETERS = 1_000_000_000
 
 
 class EngineConfig(Config):
@@ -15,10 +18,19 @@ class EngineConfig(Config):
 
     Attributes:
         precision: type of weights and activations; the optimizer's master weights are fp32 in any
-            case.
+            case. fp16 scales its loss (below).
         zero_stage: 3 partitions parameters, gradients and optimizer state; 0 replicates all (for
             comparison).
         micro_batch: samples of one rank in one forward pass.
+        activation_checkpointing: recompute the inside of each block in the backward pass instead of
+            keeping it.
+        offload_optimizer: where masters and moments live, and where the optimizer computes: "none"
+            is the device, "cpu" the host's memory, "nvme" files in ``nvme_path``.
+        offload_parameters: where the partitions of the weights live between their uses.
+        nvme_path: folder on a fast disk of each host; for "nvme".
+        loss_scale_power: fp16's first loss scale, as a power of two; it halves when a gradient
+            overflows.
+        loss_scale_window: steps without an overflow after which it doubles.
         persist_parameters: parameters of at most this many elements are kept whole on every rank,
             not gathered.
         bucket_elements: most elements in one reduction or prefetch.
@@ -26,13 +38,50 @@ class EngineConfig(Config):
         bad_steps_limit: non-finite losses in a row after which the run stops.
     """
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 3
     micro_batch: int = Field(64, ge=1)
+    activation_checkpointing: bool = False
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    loss_scale_power: int = Field(16, ge=0, le=32)
+    loss_scale_window: int = Field(1000, ge=1)
     persist_parameters: int = Field(100_000, ge=0)
     bucket_elements: int = Field(50_000_000, ge=1)
     clip_norm: float = Field(1.0, gt=0)
     bad_steps_limit: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngineConfig":
+        optimizer, parameters = self.offload_optimizer, self.offload_parameters
+        if parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters={parameters!r} needs zero_stage=3, it is {self.zero_stage}: "
+                "only partitions can be put aside; set zero_stage: 3, or offload_parameters: none"
+            )
+        if optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer={optimizer!r} needs zero_stage 1, 2 or 3, it is 0; set "
+                "zero_stage: 3, or offload_optimizer: none"
+            )
+        if optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_optimizer='nvme' needs zero_stage=3, it is {self.zero_stage}; set it to "
+                "3, or offload_optimizer: cpu"
+            )
+        swapping = "nvme" in (optimizer, parameters)
+        if swapping and not self.nvme_path:
+            raise ValueError(
+                "nvme_path is not given, but something is offloaded to nvme; name a folder on each "
+                "host's own disk, or offload to cpu"
+            )
+        if self.nvme_path and not swapping:
+            raise ValueError(
+                f"nvme_path={self.nvme_path!r}, but nothing is offloaded to nvme; set "
+                "offload_optimizer: nvme, or remove it"
+            )
+        return self
 
 
 def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
@@ -69,17 +118,33 @@ def deepspeed_config(config: EngineConfig, accumulation_steps: int) -> Mapping[s
         zero |= {
             "stage3_param_persistence_threshold": config.persist_parameters,
             "stage3_prefetch_bucket_size": config.bucket_elements,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
         }
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(config.offload_optimizer, config.nvme_path)
+    if config.offload_parameters != "none":
+        zero["offload_param"] = _offload(config.offload_parameters, config.nvme_path)
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": config.loss_scale_power,
+            "loss_scale_window": config.loss_scale_window,
+        },
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(place: str, nvme_path: str | None) -> dict[str, Any]:
+    # Pages are pinned for copies to a GPU; without one there is nothing to pin them for.
+    pinned = {"device": place, "pin_memory": torch.cuda.is_available()}
+    return pinned | ({"nvme_path": nvme_path} if place == "nvme" else {})

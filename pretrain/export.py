@@ -1,6 +1,8 @@
 """From a committed checkpoint to files that anyone can load: safetensors, JSON and the tokenizer.
 
-The export proves itself before it is given its name: it is loaded again without DeepSpeed, and its
+Parameters are put together one at a time from the ranks' parts and streamed into the file, so no
+device and no process ever needs room for more than one whole parameter beside the model itself. The
+export proves itself before it is given its name: it is loaded again without DeepSpeed, and its
 tensors and outputs are compared with the checkpoint's.
 """
 
@@ -12,97 +14,137 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain import ops, storage
-from pretrain.checkpoint import TAG, Checkpoint, damage, list_committed
+from pretrain import ema, storage
+from pretrain.checkpoint import BestConfig, Checkpoint, best, damage, list_committed
 from pretrain.config import build
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointError, ExportError
 from pretrain.inference import Predictor
+from pretrain.partitions import WEIGHTS
+from pretrain.parts import Parts
 from pretrain.run_config import RunConfig
 from pretrain.task import PretrainTask
 from pretrain.train import build_task
+from pretrain.weights import Entry, write
 
 
-def newest(output: str | Path) -> Checkpoint:
-    """The newest committed checkpoint of the run in ``output``, its hashes verified.
+def choose(output: str | Path, which: str = "newest") -> Checkpoint:
+    """A committed checkpoint of the run in ``output``, its hashes verified.
+
+    Args:
+        which: "newest", "best" (by the run's ``checkpoint.best``), or a number of samples.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none such, or it is damaged.
     """
     found = list_committed(Path(output) / "checkpoints")
     if not found:
         raise CheckpointError(
             f"output={str(output)!r} holds no committed checkpoint; train it first"
         )
-    problem = damage(found[-1].folder)
+    chosen: Checkpoint | None = found[-1]
+    if which == "best":
+        tree = (found[-1].run.get("config") or {}).get("checkpoint", {}).get("best")
+        chosen = best(found, BestConfig(**tree)) if tree else None
+        if chosen is None:
+            raise CheckpointError(
+                f"checkpoint='best': checkpoint.best={tree!r} of this run names no metric that a "
+                "checkpoint has; set it in the configuration, or take newest"
+            )
+    elif which != "newest":
+        chosen = next((c for c in found if str(c.samples) == which), None)
+    if chosen is None:
+        raise CheckpointError(
+            f"checkpoint={which!r} is not in {str(output)!r}; there are newest, best, "
+            f"{', '.join(str(c.samples) for c in found)}"
+        )
+    problem = damage(chosen.folder)
     if problem:
-        raise CheckpointError(f"checkpoint={str(found[-1].folder)!r} is damaged: {problem}")
-    return found[-1]
-
-
-def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every parameter of the task, whole, fp32, from all ranks' parts; in one process, without a
-    process group."""
-    ops.choose_accelerator()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint.folder), tag=TAG
-    )
-    return {name: tensor.float() for name, tensor in state.items()}
+        raise CheckpointError(f"checkpoint={str(chosen.folder)!r} is damaged: {problem}")
+    return chosen
 
 
 def load_task(
-    output: str | Path, tokenizer_path: str | None = None
+    output: str | Path,
+    tokenizer_path: str | None = None,
+    which: str = "newest",
+    weights: str | None = None,
 ) -> tuple[PretrainTask, RunConfig, Tokenizer, int]:
-    """Task, configuration, tokenizer and progress of a run's newest committed checkpoint.
+    """Task, configuration, tokenizer and progress of a run's checkpoint.
+
+    Args:
+        which: of its checkpoints, see `choose`.
+        weights: "weights", or an average such as "ema-2000"; None takes the run's ``ema.use``.
 
     Raises:
         CheckpointError: none, damaged, or not of the configuration it carries.
         TokenizerMismatch: the tokenizer file has changed since.
     """
-    checkpoint = newest(output)
+    task, config, tokenizer, checkpoint, _ = _load(output, tokenizer_path, which, weights)
+    return task, config, tokenizer, checkpoint.samples
+
+
+def _load(
+    output: str | Path, tokenizer_path: str | None, which: str, weights: str | None
+) -> tuple[PretrainTask, RunConfig, Tokenizer, Checkpoint, str]:
+    checkpoint = choose(output, which)
     config = build(RunConfig, checkpoint.run["config"])
     tokenizer = Tokenizer(tokenizer_path or config.data.tokenizer)
     tokenizer.check(checkpoint.run["tokenizer_sha256"])
     task = build_task(config, tokenizer)
-    state = read_state(checkpoint)
-    expected = {name: p.shape for name, p in task.named_parameters()}
-    wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
+    parts = Parts(checkpoint.folder)
+    kind = weights or (WEIGHTS if config.ema.use is None else ema.kind(config.ema.use))
+    kinds = [k for k in parts.kinds if k == WEIGHTS or k.startswith("ema-")]
+    if kind not in kinds:
+        raise CheckpointError(
+            f"weights={kind!r} is not in checkpoint {str(checkpoint.folder)!r}; there are "
+            f"{', '.join(kinds)}"
+        )
+    expected = dict(task.named_parameters())
+    wrong = [n for n, p in expected.items() if parts.shapes.get(n) != tuple(p.shape)]
     if wrong:
         raise CheckpointError(
             f"checkpoint={str(checkpoint.folder)!r} lacks {len(wrong)} of {len(expected)} "
             "tensors, or has them in "
             f"another shape ({', '.join(wrong[:3])})"
         )
-    task.load_state_dict({n: state[n] for n in expected}, strict=False)
-    return task.eval(), config, tokenizer, checkpoint.samples
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(parts.whole(kind, name))
+    return task.eval(), config, tokenizer, checkpoint, kind
 
 
-def export(output: str | Path, folder: str | Path) -> Path:
-    """Write the newest committed checkpoint of ``output`` as a model folder.
+def export(
+    output: str | Path,
+    folder: str | Path,
+    which: str = "newest",
+    weights: str | None = None,
+) -> Path:
+    """Write a committed checkpoint of ``output`` as a model folder.
 
     The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and
     ``card.json``.
+
+    Args:
+        which, weights: see `load_task`.
 
     Raises:
         CheckpointError: nothing to export.
         ExportError: what was written does not give back the same tensors and outputs.
     """
-    from safetensors.torch import save_file
-
     output, folder = Path(output), Path(folder)
-    task, config, tokenizer, samples = load_task(output)
+    task, config, tokenizer, checkpoint, kind = _load(output, None, which, weights)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _, state = task.model.portable()
-    save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+    entries = [Entry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in state.items()]
+    write(temporary / "model.safetensors", entries, {"format": "pt"})
     storage.write_bytes(
         str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)
     )
     _write_json(temporary / "config.json", _definition(task, config, tokenizer))
-    _write_json(temporary / "card.json", _card(output, config, samples))
+    _write_json(temporary / "card.json", _card(output, config, checkpoint, kind))
     _prove(temporary, task, tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -122,15 +164,17 @@ def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> 
     }
 
 
-def _card(output: Path, config: RunConfig, samples: int) -> dict[str, Any]:
+def _card(output: Path, config: RunConfig, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     """What a reader of the model must know: what it saw, how it scored, what it is not for."""
     evaluations = output / "evaluations.jsonl"
     lines = evaluations.read_text(encoding="utf-8").splitlines() if evaluations.exists() else []
+    scored = [entry for entry in map(json.loads, lines) if entry["samples"] == checkpoint.samples]
     return {
         "name": config.name,
-        "samples": samples,
+        "samples": checkpoint.samples,
+        "weights": kind,
         "data": {"train": config.data.train},
-        "metrics": json.loads(lines[-1]) if lines else {},
+        "metrics": scored[-1] if scored else {},
         "limits": "It knows what its training shards show, and nothing else; see `data`.",
     }
 

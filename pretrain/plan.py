@@ -1,63 +1,100 @@
 """What a run will hold and do, from its configuration alone: no weight is allocated, no process
 started."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pretrain import storage
+from pretrain.abstract import AbstractRun, fused_attention
 from pretrain.data.source import Source
-from pretrain.engine_config import accumulation
+from pretrain.engine_config import LIVE_PARAMETERS, EngineConfig, accumulation
 from pretrain.errors import ConfigError
-from pretrain.model.autoencoder import SpaceToDepth, SpaceToDepthConfig
-from pretrain.model.diffdis import DiffDis
+from pretrain.flops import sample_flops
+from pretrain.model.recompute import set_recompute
 from pretrain.run_config import RunConfig
-from pretrain.task import PretrainTask, check_objectives
+from pretrain.task import check_objectives
 
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
-# Stable Diffusion's autoencoders: what the dry run assumes without opening the folder.
-LATENT_CHANNELS, LATENT_FACTOR = 4, 8
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters by part of the task."""
+    """Parameters of the task.
+
+    Attributes:
+        by_part: those that are trained, by part.
+        frozen: those that ZeRO spreads all the same, for optimizer.freeze keeps them as they are.
+        outside: those of a frozen text encoder, whole on every rank, fp32.
+        persistent: those, trained or frozen, in tensors small enough to stay whole on every rank.
+    """
 
     by_part: dict[str, int]
+    frozen: int = 0
+    outside: int = 0
+    persistent: int = 0
 
     @property
     def total(self) -> int:
-        """All parameters, each of them trained."""
+        """All that are trained."""
         return sum(self.by_part.values())
 
 
-class _Assumed(SpaceToDepth):
-    """A stand-in of the right shape for an autoencoder whose files are not opened."""
+@dataclass(frozen=True)
+class State:
+    """Bytes of training state that one rank keeps, wherever: device, host or NVMe.
 
-    def __init__(self) -> None:
-        self.factor, self.channels = LATENT_FACTOR, LATENT_CHANNELS
+    Attributes:
+        parameters: weights in the run's precision, with the small ones kept whole.
+        gradients: in the run's precision.
+        optimizer: AdamW's two moments, and masters where the precision is not fp32.
+        ema: moving averages, fp32.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.ema
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch's passes on one rank, weights and gradients not counted.
+
+    Attributes:
+        kept: at the end of the forward pass, for the backward pass.
+        peak: at the worst moment of either pass, with what operations use for a moment.
+    """
+
+    kept: int
+    peak: int
 
 
 def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
-    """Parameters by part, from a model built on the meta device.
+    """Parameters by part, from a model on the meta device.
 
     Args:
         config: the run.
         vocab_size: of its tokenizer.
     """
-    exact = isinstance(config.model.autoencoder, SpaceToDepthConfig)
-    length = config.model.text_encoder.length
-    with torch.device("meta"):
-        model = DiffDis(
-            config.model,
-            vocab_size,
-            torch.zeros(length, dtype=torch.long),
-            torch.zeros(length, dtype=torch.bool),
-            autoencoder=None if exact else _Assumed(),
-        )
-        task = PretrainTask(model, check_objectives(config.objectives), config.task, config.seed)
-    parts = {
+    return _count(AbstractRun(config, vocab_size))
+
+
+def _count(run: AbstractRun) -> Parameters:
+    task, outside = run.task, run.config.model.text_encoder.frozen_from is not None
+    model = task.model
+    parts: dict[str, Any] = {
         "text encoder": model.text_encoder,
         "image stream": model.trunk.unet,
         "text stream": model.trunk.blocks,
@@ -65,66 +102,224 @@ def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
         "alignment head": model.trunk.head,
         "objectives": task.objectives,
     }
+    text = sum(p.numel() for p in model.text_encoder.parameters()) if outside else 0
+    threshold = run.config.engine.persist_parameters
     return Parameters(
         {
             name: sum(p.numel() for p in part.parameters() if p.requires_grad)
             for name, part in parts.items()
-        }
+        },
+        frozen=sum(p.numel() for p in task.parameters() if not p.requires_grad) - text,
+        outside=text,
+        persistent=sum(
+            p.numel()
+            for name, p in task.named_parameters()
+            if p.numel() <= threshold and not (outside and name.startswith("model.text_encoder"))
+        ),
     )
 
 
-def state_bytes_per_rank(parameters: int, ranks: int, precision: str, zero_stage: int) -> int:
-    """Bytes of parameters, gradients and AdamW state that one rank keeps (activations not counted).
+def state_bytes_per_rank(
+    parameters: int,
+    ranks: int,
+    precision: str,
+    zero_stage: int,
+    *,
+    ema_copies: int = 0,
+    frozen: int = 0,
+    persistent: int = 0,
+) -> State:
+    """What one rank keeps between steps (activations, buckets and gathered weights not counted).
 
     ZeRO (Rajbhandari et al. 2020, section 5): weights and gradients in the precision, fp32 masters
-    where it is not fp32, two fp32 moments; stage 1 divides the optimizer's part, 2 the gradients
-    too, 3 the weights too.
+    where it is not fp32, two fp32 moments; stage 1 divides the optimizer's part (and our moving
+    averages, which lie on its partitions), 2 the gradients too, 3 the weights too.
+
+    Args:
+        parameters: that are trained.
+        ranks, precision, zero_stage: of the run.
+        ema_copies: moving averages that are kept.
+        frozen: parameters that are not trained.
+        persistent: parameters that stage 3 keeps whole beside their partitions.
     """
     width = 4 if precision == "fp32" else 2
-    masters = 8 if precision == "fp32" else 12
-    divide = [(zero_stage >= 3, width), (zero_stage >= 2, width), (zero_stage >= 1, masters)]
-    return sum(
-        -(-parameters * size // ranks) if split else parameters * size for split, size in divide
+
+    def part(size: int, divided: bool) -> int:
+        return -(-size // ranks) if divided else size
+
+    whole = persistent * width if zero_stage == 3 else 0
+    return State(
+        parameters=part((parameters + frozen) * width, zero_stage >= 3) + whole,
+        gradients=part(parameters * width, zero_stage >= 2),
+        optimizer=part(parameters * (8 if precision == "fp32" else 12), zero_stage >= 1),
+        ema=part(parameters * 4 * ema_copies, zero_stage >= 1),
     )
 
 
-def render(config: RunConfig, ranks: int | None) -> str:
-    """The plan of a run as text: parameters, memory by ranks, batch arithmetic.
+def working_bytes(counted: Parameters, config: EngineConfig) -> int:
+    """What a rank holds for the step beside state and activations: the bucket that gradients are
+    reduced in, and under stage 3 the gathered weights (kept from the forward to the backward pass
+    up to `LIVE_PARAMETERS`)."""
+    width = 4 if config.precision == "fp32" else 2
+    bucket = config.bucket_elements * width if config.zero_stage else 0
+    gathered = counted.total + counted.frozen - counted.persistent if config.zero_stage == 3 else 0
+    return bucket + min(gathered, LIVE_PARAMETERS) * width + counted.outside * 4
+
+
+def activation_bytes(
+    config: RunConfig, vocab_size: int, checkpointing: bool | None = None
+) -> Activations:
+    """What the passes of one micro-batch hold, found by running them on the meta device.
+
+    Args:
+        config: the run.
+        vocab_size: of its tokenizer.
+        checkpointing: instead of engine.activation_checkpointing.
+    """
+    run = AbstractRun(config, vocab_size)
+    if checkpointing is not None:
+        set_recompute(run.task, checkpointing)
+    for parameter in run.task.parameters():
+        if parameter.requires_grad:
+            # As ZeRO does: a gradient leaves for its bucket as soon as it is there.
+            parameter.register_post_accumulate_grad_hook(_drop)
+    batch = run.batch(config.engine.micro_batch)
+    with fused_attention(), LiveBytes() as live:
+        output = run.task(batch)
+        kept = live.now
+        output.loss.backward()
+    return Activations(kept, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations on the meta device made and that live.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and storage not in self._known:
+                self._known[storage] = True
+                size = storage.nbytes()
+                self.now += size
+                weakref.finalize(storage, self._freed, size)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def render(config: RunConfig, ranks: int | None, ema_copies: int = 0) -> str:
+    """The plan of a run as text: parameters, operations, memory by ranks, batch arithmetic.
+
+    Args:
+        config: the run.
+        ranks: to plan for; None for a table.
+        ema_copies: moving averages that it keeps.
 
     Raises:
         ConfigError: ``ranks`` was given and the batch does not divide by it.
     """
     vocab_size = _vocab_size(config)
-    counted = count_parameters(config, vocab_size)
     t, e, o = config.training, config.engine, config.optimizer
+    o.check_length(t.samples)
+    if ranks is not None:
+        accumulation(e, t.global_batch, ranks)
+    counted = count_parameters(config, vocab_size)
     lines = [f"{config.name}  (dry run: nothing is allocated or started)", "", "parameters"]
     lines += [f"  {name:<16}{n:>16,}" for name, n in counted.by_part.items()]
-    lines += [f"  {'total':<16}{counted.total:>16,}", ""]
-    lines += [f"state per rank under ZeRO-{e.zero_stage}, {e.precision} (activations not counted)"]
-    lines += ["  ranks        memory   micro-steps a step"]
-    for n in RANKS if ranks is None else (ranks,):
-        size = state_bytes_per_rank(counted.total, n, e.precision, e.zero_stage)
-        try:
-            steps = str(accumulation(e, t.global_batch, n))
-        except ConfigError:
-            if ranks is not None:
-                raise
-            steps = "does not divide"
-        lines.append(f"  {n:>5}  {_size(size):>12}   {steps}")
+    lines += [f"  {'total':<16}{counted.total:>16,}"]
+    if counted.frozen + counted.outside:
+        lines += [f"  {'frozen':<16}{counted.frozen + counted.outside:>16,}"]
+    flops = sample_flops(config, vocab_size)
+    lines += ["", "operations of a training step, for one sample"]
+    lines += [f"  {name:<16}{n / 1e9:>16,.3f} GFLOP" for name, n in flops.items()]
+    lines += [f"  {'total':<16}{sum(flops.values()) / 1e9:>16,.3f} GFLOP", ""]
+    lines += _memory(config, counted, vocab_size, RANKS if ranks is None else (ranks,), ema_copies)
     losses = [f"{n} × {s.weight:g}" for n, s in check_objectives(config.objectives).items()]
     steps_total = -(-t.samples // t.global_batch)
+    decay = f", linear in the last {o.decay_samples:,}" if o.schedule == "wsd" else ""
     lines += [
         "",
         f"batch    global_batch {t.global_batch} = micro_batch {e.micro_batch} × ranks × "
         "micro-steps",
         f"data     {_data(config)}",
         f"length   {t.samples:,} samples = {steps_total:,} steps of {t.global_batch}",
-        f"rate     {o.lr:g}, warm-up {o.warmup_samples:,} samples, then {o.schedule}",
+        f"rate     {o.lr:g}, warm-up {o.warmup_samples:,} samples, then {o.schedule}{decay}",
         f"losses   {', '.join(losses)}",
         f"scores   {', '.join(config.evaluators) or 'none'}",
         f"output   {config.output}",
     ]
     return "\n".join(lines)
+
+
+def _memory(
+    config: RunConfig,
+    counted: Parameters,
+    vocab_size: int,
+    table: Sequence[int],
+    ema_copies: int,
+) -> list[str]:
+    """Bytes of a rank, by number of ranks."""
+    e = config.engine
+    without, recomputing = (
+        activation_bytes(config, vocab_size, checkpointing) for checkpointing in (False, True)
+    )
+    peak = (recomputing if e.activation_checkpointing else without).peak
+    working = working_bytes(counted, e)
+    places = {"weights": e.offload_parameters, "optimizer": e.offload_optimizer}
+    aside = [f"{what} on {place}" for what, place in places.items() if place != "none"]
+    averages = f", {ema_copies} moving averages" if ema_copies else ""
+    lines = [
+        f"memory per rank under ZeRO-{e.zero_stage}, {e.precision}{averages}"
+        + (f" ({', '.join(aside)})" if aside else ""),
+        "  ranks         state   + gathered, bucket   + activations         total   "
+        "micro-steps a step",
+    ]
+    for n in table:
+        state = state_bytes_per_rank(
+            counted.total,
+            n,
+            e.precision,
+            e.zero_stage,
+            ema_copies=ema_copies,
+            frozen=counted.frozen,
+            persistent=counted.persistent,
+        ).total
+        try:
+            steps = str(accumulation(e, config.training.global_batch, n))
+        except ConfigError:
+            steps = "does not divide"
+        lines.append(
+            f"  {n:>5}  {_size(state):>12}   {_size(working):>18}   {_size(peak):>13}  "
+            f"{_size(state + working + peak):>12}   {steps}"
+        )
+    on = "on" if e.activation_checkpointing else "off"
+    lines += [
+        f"  activations of {e.micro_batch} samples at their peak: {_size(without.peak)}, with "
+        f"activation checkpointing {_size(recomputing.peak)} (engine.activation_checkpointing is "
+        f"{on})"
+    ]
+    return lines
 
 
 def _data(config: RunConfig) -> str:

@@ -1,11 +1,9 @@
 """Where a run stands, counted in samples; when something is due; and what a person sees of it."""
 
-import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from pretrain import comm
@@ -19,7 +17,10 @@ class Progress:
         samples: seen so far; a step that was refused counts, for its samples were read.
         global_batch: samples of the last step.
         steps: optimizer steps.
-        skipped: steps refused for a loss that was not finite.
+        skipped: steps that changed no weight: refused, or of samples that are left out.
+        bad_steps: refused, in a row, up to now.
+        rewinds: how often the run went back to its last good state.
+        left_out: sample numbers [start, stop) that are not learned from after a rewind.
         rejects: samples that the loader refused, by reason (of the ranks' own batches, summed at
             each log).
         seconds: spent in training steps, evaluation and saving excluded.
@@ -30,6 +31,9 @@ class Progress:
     global_batch: int = 0
     steps: int = 0
     skipped: int = 0
+    bad_steps: int = 0
+    rewinds: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
     rejects: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     first: dict[str, float] = field(default_factory=dict)
@@ -42,27 +46,15 @@ class Progress:
         self.skipped += refused
         self.steps += not refused
 
+    def leaves_out(self, start: int, stop: int) -> bool:
+        """Whether one of the samples [start, stop) is to be left out."""
+        return any(first < stop and start < last for first, last in self.left_out)
+
     def due(self, every_samples: int | None) -> bool:
         """Whether the last step crossed a multiple of ``every_samples``."""
         if every_samples is None:
             return False
         return self.samples // every_samples > (self.samples - self.global_batch) // every_samples
-
-
-class Stop:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a question that all ranks answer alike."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True  # nothing is printed here: the pipe may be gone
-
-    def agreed(self) -> bool:
-        """True on every rank as soon as one rank was asked. Collective."""
-        return comm.agree_any(self.asked)
 
 
 class Display:

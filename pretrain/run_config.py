@@ -10,14 +10,17 @@ from pretrain import plugins
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.config import Config, build
 from pretrain.data.loader import DataConfig
+from pretrain.ema import EmaConfig
 from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
 from pretrain.evaluators.base import EvaluatorConfig
+from pretrain.guard import GuardConfig
 from pretrain.inference import InferenceConfig
 from pretrain.model.diffdis import ModelConfig
 from pretrain.optim import OptimizerConfig
 from pretrain.task import TaskConfig, check_objectives
 from pretrain.tracking import TrackingConfig
+from pretrain.watchdog import WatchdogConfig
 
 EVALUATORS = "pretrain.evaluators"
 
@@ -60,6 +63,9 @@ class RunConfig(Config):
     engine: EngineConfig = EngineConfig()
     inference: InferenceConfig = InferenceConfig()
     evaluators: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -203,6 +203,17 @@ def put_file(path: str, url: str, retry: Retry | None = None) -> None:
     remote.tried(lambda seconds: remote.call(seconds, length, "put_file", path, remote.path))
 
 
+def remove(url: str, retry: Retry | None = None) -> None:
+    """Delete what is at ``url``, if anything is."""
+    if not is_remote(url):
+        with suppress(FileNotFoundError):
+            os.unlink(_local(url))
+        return
+    remote = Remote(url, retry)
+    with suppress(FileNotFoundError):
+        remote.tried(lambda seconds: remote.call(seconds, 0, "rm_file", remote.path))
+
+
 def sha256(url: str, chunk_bytes: int = PART_BYTES) -> str:
     """Hex SHA-256 of the bytes at ``url``, read in chunks."""
     digest = hashlib.sha256()

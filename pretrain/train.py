@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,21 @@ from pretrain.data.rejects import Ledger
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.encoders import check_encodings
 from pretrain.engine import Engine, init_distributed
-from pretrain.errors import DataError
+from pretrain.errors import DataError, NonFiniteError
 from pretrain.evaluators.base import Evaluator, Subject
+from pretrain.guard import SCALE, Guard, Refusal
 from pretrain.inference import Heads, new_model
-from pretrain.progress import Display, Progress, Stop
+from pretrain.progress import Display, Progress
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
+from pretrain.stop import REQUEUE_EXIT_CODE, Stop, Stopped
 from pretrain.task import PretrainTask, check_objectives
 from pretrain.tracking import build as build_tracker
 from pretrain.tracking.base import Status, Tracker
-from pretrain.types import StepOutput
+from pretrain.types import Batch, StepOutput
+from pretrain.watchdog import Watchdog
 
 FINISHED = "_FINISHED"
-REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal after a committed save; start it again
+LEFT_OUT = "left_out.jsonl"
 
 
 def build_task(config: RunConfig, tokenizer: Tokenizer) -> PretrainTask:
@@ -46,115 +50,304 @@ def train(config: RunConfig) -> int:
         save.
 
     Raises:
-        PretrainError: bad configuration or data, a damaged checkpoint, a loss that stays
-            non-finite.
+        PretrainError: bad configuration or data, damaged checkpoints, losses that stay bad.
     """
     stop = Stop()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.local_world_size()))
     config.check_ranks(comm.world_size())
-    init_distributed()
     output = Path(config.output)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    task = build_task(config, tokenizer)
-    engine = Engine(task, config.engine, config.optimizer, config.training.global_batch)
-    loader = Loader(
-        config.data,
-        tokenizer,
-        config.seed,
-        config.training.global_batch,
-        comm.rank(),
-        comm.world_size(),
-    )
-    check_encodings(task.model, loader.encodings)
-    checkpointer = Checkpointer(output / "checkpoints", config.checkpoint)
-    if comm.is_main() and loader.advice:
-        print(f"[data] {loader.advice}", flush=True)
-    progress = _resume(checkpointer, engine, loader, tokenizer)
-    tracker = build_tracker(config.tracking, config.output, comm.rank())
-    tracker.start(config.tracking.run_info(config.output))
-    tracker.params(config.resolved())
-    if comm.is_main():
-        (output / FINISHED).unlink(missing_ok=True)
-        path = output / "config.json"
-        storage.write_bytes(str(path), json.dumps(config.resolved(), indent=1).encode())
-        tracker.artifact(str(path))
-    display = Display(config.training.samples, progress.samples)
-    run = _Run(config, engine, tokenizer, tracker, display, progress)
-    facts = {
-        "tokenizer_sha256": tokenizer.sha256,
-        "data": loader.fingerprint,
-        "config": config.resolved(),
-    }
-
-    def save() -> None:
-        tree = {**facts, "progress": dataclasses.asdict(progress), "loader": loader.state_dict()}
-        checkpointer.save(engine, progress.samples, tree)
-
-    status: Status = "failed"
-    stopping = False
-    try:
-        run.evaluate(lambda e: e.at_start and progress.samples == 0)
-        for batch in loader if progress.samples < config.training.samples else ():
-            began = time.monotonic()
-            step = engine.step(
-                batch, config.optimizer.rate(progress.samples, config.training.samples)
-            )
-            progress.advance(config.training.global_batch, refused=step is None)
-            run.count(step, batch.rejects, time.monotonic() - began)
-            complete = progress.samples >= config.training.samples
-            if progress.due(config.training.log_every_samples) or complete:
-                run.log()
-            if not complete:
-                run.evaluate(lambda e: progress.due(e.every_samples))
-            stopping = stop.agreed() and not complete
-            if progress.due(config.checkpoint.every_samples) or stopping or complete:
-                save()
-            if stopping or complete:
-                break
-        if stopping:
-            status = "preempted"
+    with Watchdog(output, comm.rank(), comm.world_size(), config.watchdog) as watchdog:
+        watchdog.beat("start", 0)
+        init_distributed()
+        stop.share(output / "control")
+        if stop.agreed():
             return REQUEUE_EXIT_CODE
-        run.evaluate(lambda e: True)
-        if comm.is_main():
-            tree = {"samples": progress.samples, "progress": dataclasses.asdict(progress)}
-            storage.write_bytes(str(output / FINISHED), json.dumps(tree).encode())
-        status = "finished"
-        return 0
-    finally:
-        display.close()
-        tracker.finish(status)
+        run = Run(config, stop, watchdog)
+        try:
+            return run.train()
+        finally:
+            run.close()
 
 
-class _Run:
-    """Logging and evaluation of one run: what happens beside the step."""
+class Run:
+    """One run on this rank: its parts, and the loop over them. Methods are collective.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        tracker: Tracker,
-        display: Display,
-        progress: Progress,
-    ) -> None:
-        self.config, self.engine, self.tokenizer = config, engine, tokenizer
-        self.tracker, self.display, self.progress = tracker, display, progress
+    Args:
+        config: the run.
+        stop: whether it was asked to stop.
+        watchdog: is told of every progress.
+    """
+
+    def __init__(self, config: RunConfig, stop: Stop, watchdog: Watchdog) -> None:
+        self.config, self.stop, self.watchdog = config, stop, watchdog
+        self.output = Path(config.output)
+        self.tokenizer = Tokenizer(config.data.tokenizer)
+        self.guard = Guard(config.guard)
+        task = build_task(config, self.tokenizer)
+        self.engine = Engine(
+            task,
+            config.engine,
+            config.optimizer,
+            config.training.global_batch,
+            config.ema,
+            self.guard,
+        )
+        self.loader = Loader(
+            config.data,
+            self.tokenizer,
+            config.seed,
+            config.training.global_batch,
+            comm.rank(),
+            comm.world_size(),
+        )
+        check_encodings(task.model, self.loader.encodings)
+        self.checkpointer = Checkpointer(self.output / "checkpoints", config.checkpoint)
+        if comm.is_main() and self.loader.advice:
+            print(f"[data] {self.loader.advice}", flush=True)
+        self.progress = Progress()
+        self._resume()
         self.settings = check_evaluators(config.evaluators)
         self.evaluators: dict[str, Evaluator] = {
             name: plugins.load(EVALUATORS, name, "evaluators").build(settings)
             for name, settings in self.settings.items()
         }
+        self.tracker: Tracker = build_tracker(config.tracking, config.output, comm.rank())
+        self.tracker.start(config.tracking.run_info(config.output))
+        self.tracker.params(config.resolved())
+        if comm.is_main():
+            (self.output / FINISHED).unlink(missing_ok=True)
+            path = self.output / "config.json"
+            storage.write_bytes(str(path), json.dumps(config.resolved(), indent=1).encode())
+            self.tracker.artifact(str(path))
+        self.display = Display(config.training.samples, self.progress.samples)
+        self.meter = Meter(config, self.engine, self.tracker, self.display, self.progress)
+        self.status: Status = "failed"
+
+    def train(self) -> int:
+        """Every step that is left, then the last evaluation; the exit code."""
+        progress, every = self.progress, self.config.checkpoint.every_samples
+        total = self.config.training.samples
+        if not self.stop.agreed():
+            self._evaluate(lambda e: e.at_start and progress.samples == 0)
+        batches = self._batches()
+        while progress.samples < total:
+            if self.stop.agreed():
+                return self._leave()
+            began = time.monotonic()
+            self.watchdog.beat("load", progress.samples)
+            self._step(next(batches), began)
+            if progress.bad_steps >= self.config.guard.bad_steps:
+                self._rewind()
+                batches = self._batches()
+                continue
+            complete = progress.samples >= total
+            if progress.due(self.config.training.log_every_samples) or complete:
+                self.meter.log()
+            if not complete:
+                self._evaluate(lambda e: progress.due(e.every_samples))
+            # In mid-trouble what is saved is no state to go back to.
+            if (progress.due(every) and not progress.bad_steps) or complete:
+                self._save(last=complete)
+        try:
+            self._evaluate(lambda e: True, stoppable=True)
+        except Stopped:
+            return self._leave()
+        if comm.is_main():
+            tree = {"samples": progress.samples, "progress": dataclasses.asdict(progress)}
+            storage.write_bytes(str(self.output / FINISHED), json.dumps(tree).encode())
+        self.status = "finished"
+        return 0
+
+    def close(self) -> None:
+        """End the display and the tracked run."""
+        self.display.close()
+        self.tracker.finish(self.status)
+
+    def _batches(self) -> Iterator[Batch]:
+        return (
+            iter(self.loader) if self.progress.samples < self.config.training.samples else iter(())
+        )
+
+    def _step(self, batch: Batch, began: float) -> None:
+        """Learn from one global batch, unless its samples are to be left out; asked for at
+        ``began``."""
+        progress = self.progress
+        size, before = self.config.training.global_batch, self.progress.samples
+        self.watchdog.beat("step", before)
+        if progress.leaves_out(before, before + size):
+            progress.advance(size, refused=True)
+            self.meter.count(None, batch, time.monotonic() - began)
+            return
+        lr = self.config.optimizer.rate(before, self.config.training.samples)
+        step = self.engine.step(batch, lr, before)
+        refused = isinstance(step, Refusal)
+        progress.advance(size, refused=refused)
+        if isinstance(step, Refusal):
+            if step.why != SCALE:
+                progress.bad_steps += 1
+                self._note(before, before + size, step.why, step.loss)
+            self.meter.count(None, batch, time.monotonic() - began)
+        else:
+            progress.bad_steps = 0
+            self.meter.count(step, batch, time.monotonic() - began)
+
+    def _rewind(self) -> None:
+        """Go back to the last good state, and leave out from then on what led away from it."""
+        progress, guard = self.progress, self.config.guard
+        size = self.config.training.global_batch
+        first_bad = progress.samples - progress.bad_steps * size
+        where = f"samples {first_bad}-{progress.samples - 1}"
+        if progress.rewinds >= guard.rewinds:
+            raise NonFiniteError(
+                f"{progress.bad_steps} bad steps in a row ({where}, listed in "
+                f"{self.output / LEFT_OUT}) after {progress.rewinds} rewinds; look at them with "
+                "`data explain`, lower optimizer.lr, or raise guard.bad_steps or guard.rewinds"
+            )
+        self.watchdog.beat("rewind", progress.samples)
+        found = self.checkpointer.rewind(self.engine)
+        if found is None:
+            raise NonFiniteError(
+                f"{progress.bad_steps} bad steps in a row ({where}, listed in "
+                f"{self.output / LEFT_OUT}) before the first checkpoint; lower optimizer.lr, or "
+                "checkpoint.every_samples"
+            )
+        stop, rewinds, left_out = progress.samples, progress.rewinds, progress.left_out
+        self._take_up(found)
+        start = max(progress.samples, first_bad - guard.skip_before)
+        progress.left_out = [*left_out, [start, stop]]
+        progress.rewinds = rewinds + 1
+        self.meter.restart()
+        self._note(start, stop, "left out after a rewind", float("nan"))
+        self.display.say(
+            f"[guard] {where} were bad: back to {progress.samples:,} samples, leaving out "
+            f"{start:,}-{stop - 1:,}"
+        )
+
+    def _note(self, start: int, stop: int, why: str, loss: float) -> None:
+        """Record samples that the model does not learn from."""
+        if comm.is_main():
+            line = {"samples": [start, stop], "why": why, "loss": loss}
+            with (self.output / LEFT_OUT).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def _save(self, last: bool = False) -> None:
+        self.watchdog.beat("save", self.progress.samples)
+        progress = dataclasses.asdict(self.progress) | {"guard": self.guard.state_dict()}
+        facts = {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "data": self.loader.fingerprint,
+            "config": self.config.resolved(),
+            "progress": progress,
+            "loader": self.loader.state_dict(),
+            "metrics": self.meter.evaluated(),
+        }
+        self.checkpointer.save(self.engine, self.progress.samples, facts, last)
+        self.watchdog.beat("saved", self.progress.samples)
+
+    def _leave(self) -> int:
+        """Save what there is and end with the code that asks for a restart."""
+        if self.progress.steps or self.progress.skipped:
+            self._save(last=True)
+        self.status = "preempted"
+        return REQUEUE_EXIT_CODE
+
+    def _evaluate(self, wanted: Callable[[Any], bool], stoppable: bool = False) -> None:
+        """Run the evaluators for whose settings ``wanted(settings)`` is true.
+
+        Raises:
+            Stopped: the run was asked to stop meanwhile, and ``stoppable``; else the loop sees it.
+        """
+        names = [name for name, settings in self.settings.items() if wanted(settings)]
+        if not names:
+            return
+        began, samples = time.monotonic(), self.progress.samples
+        self.watchdog.beat("evaluate", samples)
+        try:
+            with self.engine.evaluating(self.config.ema.use) as state:
+                task = build_task(self.config, self.tokenizer).to(comm.device()).eval()
+                task.load_state_dict(state, strict=True)
+                metrics, files = evaluate(
+                    task, self.config, self.tokenizer, self.evaluators, names, samples, self._pulse
+                )
+                self.watchdog.beat("wait", samples)
+        except Stopped:
+            self.display.say("[eval]  left: the run was asked to stop")
+            if stoppable:
+                raise
+            return
+        metrics["evaluation_seconds"] = time.monotonic() - began
+        self.meter.evaluation(metrics, files)
+        self.checkpointer.annotate(samples, metrics)
+
+    def _pulse(self) -> bool:
+        self.watchdog.beat("evaluate", self.progress.samples)
+        return self.stop.seen()
+
+    def _take_up(self, found: Mapping[str, Any]) -> None:
+        """Progress, guard and loader of a saved run, in place."""
+        saved = dict(found["progress"])
+        self.guard.load_state_dict(saved.pop("guard"))
+        for name, value in dataclasses.asdict(Progress(**saved)).items():
+            setattr(self.progress, name, value)
+        self.loader.load_state_dict(found["loader"])
+
+    def _resume(self) -> None:
+        """Take up the newest committed checkpoint, if there is one."""
+
+        def check(found: Checkpoint) -> None:
+            self.tokenizer.check(found.run["tokenizer_sha256"])
+            if found.run["data"] != self.loader.fingerprint:
+                raise DataError(
+                    f"data.train and data.order have fingerprint {self.loader.fingerprint[:12]} "
+                    f"and checkpoint {str(found.folder)!r} was trained on "
+                    f"{found.run['data'][:12]}: sample numbers would mean other samples; restore "
+                    "the shards and the order's settings, or start with a new output"
+                )
+
+        self.watchdog.beat("resume", 0)
+        found = self.checkpointer.restore(self.engine, check)
+        if found is None:
+            return
+        self._take_up(found.run)
+        if comm.is_main():
+            ranks = found.run["world_size"]
+            other = f", written by {ranks} ranks" if ranks != comm.world_size() else ""
+            print(
+                f"[train] resuming {found.folder} at {self.progress.samples:,} samples{other}",
+                flush=True,
+            )
+
+
+class Meter:
+    """What a run tells of itself: metrics, refusals, evaluations; to the tracker, the display and
+    files."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        tracker: Tracker,
+        display: Display,
+        progress: Progress,
+    ) -> None:
+        self.config, self.engine = config, engine
+        self.tracker, self.display, self.progress = tracker, display, progress
         self.ledger = Ledger(Path(config.output), config.data.max_reject_rate, comm.rank())
         self.ledger.load_state_dict(progress.rejects)
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted since the last log."""
         self._pending: list[dict[str, torch.Tensor]] = []
         self._seconds = 0.0
         self._samples = 0
 
-    def count(self, step: StepOutput | None, rejects: tuple[Any, ...], seconds: float) -> None:
+    def count(self, step: StepOutput | None, batch: Batch, seconds: float) -> None:
         """Keep a step's metrics on the device; nothing is synchronised before `log`."""
         if step is not None:
             self._pending.append(step.metrics)
-        self.ledger.add(rejects)
+        self.ledger.add(batch.rejects)
         self._seconds += seconds
         self._samples += self.progress.global_batch
 
@@ -169,41 +362,39 @@ class _Run:
         progress.rejects = self.ledger.state_dict()
         progress.seconds += self._seconds
         metrics |= {
-            "images_per_second": self._samples / self._seconds,
+            "images_per_second": self._samples / max(self._seconds, 1e-9),
             "lr": self.config.optimizer.rate(progress.samples, self.config.training.samples),
             "gradient_norm": self.engine.gradient_norm(),
             "steps_skipped": float(progress.skipped),
+            "rewinds": float(progress.rewinds),
             **self.ledger.metrics(progress.samples),
         }
         progress.first = progress.first or metrics
         progress.last = metrics
         self.tracker.metrics(metrics, progress.samples)
         self.display.line(progress.samples, metrics)
-        self._pending, self._seconds, self._samples = [], 0.0, 0
+        self.restart()
         self.ledger.check(progress.samples)
 
-    def evaluate(self, wanted: Any) -> None:
-        """Run the evaluators for whose settings ``wanted(settings)`` is true. Collective."""
-        names = [name for name, settings in self.settings.items() if wanted(settings)]
-        if not names:
-            return
-        began = time.monotonic()
-        with self.engine.evaluating() as state:
-            task = build_task(self.config, self.tokenizer).to(comm.device()).eval()
-            task.load_state_dict(state, strict=True)
-            metrics, files = evaluate(
-                task, self.config, self.tokenizer, self.evaluators, names, self.progress.samples
-            )
-        metrics["evaluation_seconds"] = time.monotonic() - began
-        self.tracker.metrics(metrics, self.progress.samples)
+    def evaluation(self, metrics: dict[str, float], files: list[Path]) -> None:
+        """Keep the results of evaluators."""
+        samples = self.progress.samples
+        known = self._evaluated[1] if self._evaluated[0] == samples else {}
+        self._evaluated = (samples, known | metrics)
+        self.tracker.metrics(metrics, samples)
         for path in files:
             self.tracker.artifact(str(path), "samples")
         shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if not k.endswith("/chance"))
-        self.display.say(f"[eval]  {self.progress.samples:>9,} samples  {shown}")
+        self.display.say(f"[eval]  {samples:>9,} samples  {shown}")
         if comm.is_main():
             path = Path(self.config.output) / "evaluations.jsonl"
             with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"samples": self.progress.samples, **metrics}) + "\n")
+                stream.write(json.dumps({"samples": samples, **metrics}) + "\n")
+
+    def evaluated(self) -> dict[str, float]:
+        """Metrics of evaluations made at this very state."""
+        samples, metrics = self._evaluated
+        return metrics if samples == self.progress.samples else {}
 
 
 def evaluate(
@@ -213,9 +404,14 @@ def evaluate(
     evaluators: dict[str, Evaluator],
     names: list[str],
     samples: int,
+    pulse: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Path]]:
     """Run the evaluators ``names`` on a plain task; every rank calls it, every rank gets the
-    metrics."""
+    metrics.
+
+    Raises:
+        Stopped: on every rank, if ``pulse`` was True on one.
+    """
     subject = Subject(
         task=task,
         heads=Heads(task.model, config.inference),
@@ -225,6 +421,7 @@ def evaluate(
         samples=samples,
         rank=comm.rank(),
         world=comm.world_size(),
+        pulse=pulse,
     )
     metrics: dict[str, float] = {}
     files: list[Path] = []
@@ -233,29 +430,3 @@ def evaluate(
         metrics |= result.metrics
         files += result.files
     return metrics, files
-
-
-def _resume(
-    checkpointer: Checkpointer, engine: Engine, loader: Loader, tokenizer: Tokenizer
-) -> Progress:
-    """Progress of the newest committed checkpoint, with engine and loader restored; else a fresh
-    start."""
-
-    def check(found: Checkpoint) -> None:
-        tokenizer.check(found.run["tokenizer_sha256"])
-        if found.run["data"] != loader.fingerprint:
-            raise DataError(
-                f"data.train and data.order have fingerprint {loader.fingerprint[:12]} and "
-                f"checkpoint {str(found.folder)!r} was trained on {found.run['data'][:12]}: sample "
-                "numbers would mean other samples; restore the shards and the order's settings, or "
-                "start with a new output"
-            )
-
-    found = checkpointer.restore(engine, check)
-    if found is None:
-        return Progress()
-    loader.load_state_dict(found.run["loader"])
-    progress = Progress(**found.run["progress"])
-    if comm.is_main():
-        print(f"[train] resuming {found.folder} at {progress.samples:,} samples", flush=True)
-    return progress

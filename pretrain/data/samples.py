@@ -4,8 +4,10 @@ import io
 import json
 import math
 import random
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_here = threading.local()
 Crop = Literal["center", "random"]
 Reason = Literal[
     "no image",
@@ -72,6 +75,22 @@ class Bounds:
     max_pixels: int
     max_caption_bytes: int = 1 << 16
     max_aspect: float = 20.0
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Pillow's warnings of odd tags, and by a bound of its own, are not shown. Every decode is
+    within one; put around many, it spares them what it costs."""
+    if getattr(_here, "quiet", False):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _here.quiet = True
+        try:
+            yield
+        finally:
+            _here.quiet = False
 
 
 def decode(
@@ -132,18 +151,19 @@ def _scale_at_load(image: Image.Image, shape_HW: tuple[int, int]) -> None:
     spectrum, 384 pixels shrunk to 90 are off by 2 of 255 in the mean if decoded whole, by 5 at 1/2
     and by 9 at 1/4.
     """
+    width, height = image.size
+    if -(-width // 2) < shape_HW[1] or -(-height // 2) < shape_HW[0]:
+        return  # most pictures of a corpus that was made for the size
     for divisor in (8, 4, 2):
-        width, height = (-(-side // divisor) for side in image.size)
-        ratio = min(width / shape_HW[1], height / shape_HW[0])
+        ratio = min(-(-width // divisor) / shape_HW[1], -(-height // divisor) / shape_HW[0])
         if ratio == 1 or ratio >= 2:
-            image.draft(None, (image.width // divisor, image.height // divisor))
+            image.draft(None, (width // divisor, height // divisor))
             return
 
 
 def _open(encoded: bytes, bounds: Bounds) -> Image.Image:
     """The picture by its header, within bounds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd tags, and by a bound of Pillow's own
+    with without_warnings():
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     width, height = image.size
     if width * height > bounds.max_pixels:
@@ -178,8 +198,7 @@ def _straight_inks(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     if "exif" not in image.info:
         return 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         try:
             return int(image.getexif().get(_ORIENTATION, 1))
         except Exception:  # a damaged tag is no reason to lose the picture
@@ -201,7 +220,17 @@ def captions_of(raw: RawSample, max_caption_bytes: int = 1 << 16) -> list[str]:
         Refused: there is none, or it is not text, or too long.
     """
     text = raw.files.get("txt", b"")
-    encoded = raw.files.get("json", b"{}")
+    if "json" not in raw.files:
+        if len(text) > max_caption_bytes:
+            raise Refused("caption too long")
+        try:
+            caption = text.decode("utf-8-sig").strip()
+        except ValueError:
+            raise Refused("undecodable text") from None
+        if not caption:
+            raise Refused("no caption")
+        return [caption]
+    encoded = raw.files["json"]
     if len(encoded) > MAX_JSON_BYTES:
         raise Refused("too many bytes")
     if len(text) > max_caption_bytes:
@@ -340,4 +369,6 @@ def augment(image_CHW: Tensor, flip: float, jitter: float, seed: int, number: in
 
 def choose_caption(captions: list[str], seed: int, number: int) -> str:
     """One caption, a pure function of (seed, sample number)."""
+    if len(captions) == 1:
+        return captions[0]
     return captions[derive_seed(seed, number, "caption") % len(captions)]

@@ -39,6 +39,8 @@ _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 # What unpackers raise on damaged bytes.
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError)
 _META = re.compile(r"__[^/]*__(?:$|/)")
+# A name with nothing to look at twice: parts of letters, digits, dashes, one dot.
+_PLAIN_NAME = re.compile(rb"((?:[A-Za-z0-9][\w-]*/)*[A-Za-z0-9][\w-]*)\.(\w+)\0")
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
 
 
@@ -112,9 +114,35 @@ def read_sample(
     Raises:
         DataError: the bytes are not whole members.
     """
+    plain = _plain_sample(url, data, bounds)
+    if plain is not None:
+        return plain, []
     members = iter_members(io.BytesIO(data), bounds, url, one_sample=True)
     samples, rejects = _grouped(url, members)
     return (samples[0] if samples else None), rejects
+
+
+def _plain_sample(url: str, data: bytes, bounds: MemberBounds) -> RawSample | None:
+    """The sample of a run without anything odd, in a fifth of the time; None: to be looked at
+    closely."""
+    at, key, files = 0, None, {}
+    while at < len(data):
+        name = _PLAIN_NAME.match(data, at, at + 100)
+        head = data[at : at + BLOCK]
+        if name is None or len(head) < BLOCK or head[156] not in b"0\0" or head[345]:
+            return None
+        try:
+            size = -1 if head[124] & 0x80 or not _sums_up(head) else _octal(head[124:136])
+        except ValueError:
+            return None
+        start, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
+        extension = name[2].decode().lower()
+        if not 0 <= size <= bounds.max_member_bytes or at > len(data) or extension in files:
+            return None
+        if (key is not None and key != name[1]) or len(files) >= bounds.max_members:
+            return None
+        key, files[extension] = name[1], data[start : start + size]
+    return None if key is None else RawSample(key.decode(), url, files)
 
 
 def _grouped(url: str, members: Iterator[Member]) -> tuple[list[RawSample], list[Reject]]:
@@ -257,11 +285,7 @@ def iter_headers(stream: IO[bytes], url: str = "") -> Iterator[tuple[str, int, i
 def _parse(block: bytes, url: str, at: int) -> tuple[str, int, bytes]:
     """Name, size in bytes and type of a header block."""
     try:
-        stored = int(block[148:156].rstrip(b" \0"), 8)
-        # Of all bytes, with blanks for its own field. The low half of Adler's check is one more
-        # than their sum, modulo a prime; it takes a tenth of the time of sum().
-        expected = stored - 8 * 32 + sum(block[148:156]) + 1
-        if expected % 65_521 != zlib.adler32(block) & 0xFFFF:
+        if not _sums_up(block):
             tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # old sums: signed bytes
         size = tarfile.nti(block[124:136]) if block[124] & 0x80 else _octal(block[124:136])  # type: ignore[attr-defined]
     except (ValueError, tarfile.TarError):
@@ -276,6 +300,15 @@ def _parse(block: bytes, url: str, at: int) -> tuple[str, int, bytes]:
     if kind == b"\0" and name.endswith(b"/"):
         kind = b"5"
     return name.decode("utf-8", "surrogateescape"), size, kind
+
+
+def _sums_up(block: bytes) -> bool:
+    """Whether a header's sum is that of its bytes; ValueError if it is no number."""
+    stored = int(block[148:156].rstrip(b" \0"), 8)
+    # Of all bytes, with blanks for its own field. The low half of Adler's check is one more than
+    # their sum, modulo a prime; it takes a tenth of the time of sum().
+    expected = stored - 8 * 32 + sum(block[148:156]) + 1
+    return expected % 65_521 == zlib.adler32(block) & 0xFFFF
 
 
 def _octal(field: bytes) -> int:

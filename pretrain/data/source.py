@@ -20,8 +20,16 @@ from pretrain.config import Config
 from pretrain.data import encoded
 from pretrain.data.manifest import ASPECTS, Manifest
 from pretrain.data.order import Buckets, EpochOrder, Mixture
-from pretrain.data.reader import ReadConfig, ShardReader
-from pretrain.data.samples import Bounds, Refused, augment, choose_caption, decode, picture
+from pretrain.data.reader import Read, ReadConfig, ShardReader
+from pretrain.data.samples import (
+    Bounds,
+    Refused,
+    augment,
+    choose_caption,
+    decode,
+    picture,
+    without_warnings,
+)
 from pretrain.errors import DataError, UnreadableShard
 from pretrain.rng import derive_seed
 from pretrain.types import Reject
@@ -296,11 +304,14 @@ class Source:
             UnreadableShard: and the configuration says to stop at one.
             DataError: nothing near a refused sample can be used.
         """
+        places = places or self.places(numbers)
         rows = [None] * len(numbers) if out is None else out
-        return [
-            self._sample(n, place, row)
-            for n, place, row in zip(numbers, places or self.places(numbers), rows, strict=True)
-        ]
+        found = self._open().read_many([(p.dataset, p.shard, p.index) for p in places])
+        with without_warnings():
+            return [
+                self._sample(n, place, read, row)
+                for n, place, read, row in zip(numbers, places, found, rows, strict=True)
+            ]
 
     def ahead(self, numbers: Sequence[int], part: tuple[int, int]) -> None:
         """Fetch the shards of numbers that come later; ``part`` (i, n): only the i-th n-th of
@@ -335,13 +346,16 @@ class Source:
             self._reader = ShardReader(self.manifests, self.config.read)
         return self._reader
 
-    def _sample(self, number: int, place: Place, row: Tensor | None = None) -> Sample:
+    def _sample(
+        self, number: int, place: Place, read: Read | UnreadableShard, row: Tensor | None = None
+    ) -> Sample:
         rejects: list[Reject] = []
-        found = self._try(number, place, place, rejects, row)
+        found = self._try(number, place, place, read, rejects, row)
         if found is not None:
             return found
         for other in self._substitutes(number, place):
-            found = self._try(number, place, other, [], row)
+            (read,) = self._open().read_many([(other.dataset, other.shard, other.index)])
+            found = self._try(number, place, other, read, [], row)
             if found is not None:
                 return Sample(**{**vars(found), "rejects": rejects})
         raise DataError(
@@ -351,17 +365,22 @@ class Source:
         )
 
     def _try(
-        self, number: int, place: Place, used: Place, rejects: list[Reject], row: Tensor | None
+        self,
+        number: int,
+        place: Place,
+        used: Place,
+        read: Read | UnreadableShard,
+        rejects: list[Reject],
+        row: Tensor | None,
     ) -> Sample | None:
         """The sample at ``used``, or None and the reason appended to ``rejects``."""
         c = self.config
-        try:
-            raw, odd = self._open().read(used.dataset, used.shard, used.index)
-        except UnreadableShard as error:
+        if isinstance(read, UnreadableShard):
             if c.read.on_unreadable == "stop":
-                raise
-            rejects.append(Reject("unreadable shard", error.url, f"#{used.index}"))
+                raise read
+            rejects.append(Reject("unreadable shard", read.url, f"#{used.index}"))
             return None
+        raw, odd = read
         rejects += odd
         if raw is None:
             return None

@@ -55,10 +55,12 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Token ids (B, length) int64 and mask (B, length) bool; a longer text is cut, its end
         token kept."""
-        tokens = torch.zeros(len(texts), length, dtype=torch.long)
-        for row, pieces in zip(tokens, self._processor.Encode(list(texts)), strict=True):
+        rows = []
+        # (More threads than one are made anew at each call: it costs more than a batch's captions.)
+        for pieces in self._processor.Encode(list(texts), num_threads=1):
             ids = [BEGIN, *pieces[: length - 2], END]
-            row[: len(ids)] = torch.tensor(ids)
+            rows.append(ids + [PAD] * (length - len(ids)))
+        tokens = torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
         return tokens, tokens != PAD
 
     def decode(self, ids: Sequence[int]) -> str:

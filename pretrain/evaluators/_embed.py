@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from pretrain import comm
-from pretrain.evaluators.base import Subject, share
+from pretrain.evaluators.base import Subject, share, together
 
 
 def embed_images(
@@ -14,14 +13,18 @@ def embed_images(
     mine = share(len(images_NCHW), subject.rank, subject.world)
     device = subject.heads.model.null_tokens_L.device
     rows: dict[int, Tensor] = {}
+    left = False
     for start in range(0, len(mine), 64):
+        left = subject.pulse()
+        if left:
+            break
         part = mine[start : start + 64]
         e = subject.heads.embed_images(
             images_NCHW[part].to(device), seed, steps, noises, guidance
         ).cpu()
         rows |= dict(zip(part, e, strict=True))
-    together = {i: row for part in comm.gather_objects(rows) for i, row in part.items()}
-    return torch.stack([together[i] for i in range(len(images_NCHW))])
+    found = {i: row for part in together(rows, left) for i, row in part.items()}
+    return torch.stack([found[i] for i in range(len(images_NCHW))])
 
 
 def embed_texts(subject: Subject, texts: list[str]) -> Tensor:

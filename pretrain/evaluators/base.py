@@ -1,15 +1,20 @@
 """An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
 pictures)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import Field
 
+from pretrain import comm
 from pretrain.config import Config
 from pretrain.inference import Heads
+from pretrain.stop import Stopped
 from pretrain.task import PretrainTask
+
+T = TypeVar("T")
 
 
 class EvaluatorConfig(Config):
@@ -35,6 +40,8 @@ class Subject:
         folder: where pictures go (rank 0 writes).
         samples: progress, for file names.
         rank, world: this rank's share of the work is every item i with i % world == rank.
+        pulse: called between pieces of work of some seconds; True if the run is to stop, and the
+            work to be left (see `together`).
     """
 
     task: PretrainTask
@@ -45,6 +52,7 @@ class Subject:
     samples: int
     rank: int = 0
     world: int = 1
+    pulse: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,20 @@ class Evaluator(Protocol):
     def run(self, subject: Subject) -> Result:
         """Evaluate. Called by every rank; may use `comm` collectives, the same ones on every
         rank."""
+
+
+def together(value: T, left: bool) -> list[T]:
+    """``value`` of every rank, in rank order, on every rank. Collective.
+
+    Args:
+        left: whether this rank left its share of the work unfinished, asked to stop.
+
+    Raises:
+        Stopped: on every rank, if one left.
+    """
+    if comm.agree_any(left):
+        raise Stopped
+    return comm.gather_objects(value)
 
 
 def share(n: int, rank: int, world: int) -> list[int]:

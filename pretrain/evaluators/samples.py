@@ -5,8 +5,14 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
-from pretrain import comm
-from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject, share
+from pretrain.evaluators.base import (
+    Evaluator,
+    EvaluatorConfig,
+    Result,
+    Subject,
+    share,
+    together,
+)
 from pretrain.inference import to_pil
 
 
@@ -61,7 +67,11 @@ class Samples:
         length = subject.heads.model.config.text_encoder.length
         device = subject.heads.model.null_tokens_L.device
         made: dict[int, Image.Image] = {}
+        left = False
         for start in range(0, len(mine), 32):
+            left = subject.pulse()
+            if left:
+                break
             part = mine[start : start + 32]
             tokens, mask = subject.tokenizer.encode([prompts[i] for i in part], length)
             seeds = [s.seed + i for i in part]
@@ -69,12 +79,12 @@ class Samples:
                 tokens.to(device), mask.to(device), seeds, s.steps, s.guidance
             )
             made |= {i: to_pil(image) for i, image in zip(part, images, strict=True)}
-        together = {i: image for part in comm.gather_objects(made) for i, image in part.items()}
+        found = {i: image for part in together(made, left) for i, image in part.items()}
         if subject.rank != 0:
             return Result({})
         path = subject.folder / f"samples-{subject.samples:09d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid([together[i] for i in range(len(prompts))], prompts, s.columns, s.tile).save(path)
+        grid([found[i] for i in range(len(prompts))], prompts, s.columns, s.tile).save(path)
         return Result({}, (path,))
 
 

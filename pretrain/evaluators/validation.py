@@ -7,6 +7,7 @@ from pretrain import comm
 from pretrain.data.evalset import load_labelled
 from pretrain.errors import ConfigError
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
+from pretrain.stop import Stopped
 from pretrain.types import Batch
 
 
@@ -50,6 +51,8 @@ class Validation:
         sums: dict[str, float] = {}
         batches = -(-n * s.repeats // s.global_batch)
         for b in range(batches):
+            if comm.agree_any(subject.pulse()):  # the contrast below is collective
+                raise Stopped
             start = b * s.global_batch + subject.rank * mine
             positions = torch.arange(start, start + mine)
             indices = positions % n

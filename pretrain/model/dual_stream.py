@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.model.recompute import Recomputing
 from pretrain.model.text_stream import AlignmentHead, QueryTime, TextStreamBlock, TextStreamConfig
 from pretrain.model.unet import UNetConfig, build_unet
 
@@ -43,7 +44,7 @@ class Encoded:
         )
 
 
-class DualStreamUNet(nn.Module):
+class DualStreamUNet(Recomputing):
     """`unet` is diffusers' UNet2DConditionModel by name; `blocks` and `head` are the text
     stream."""
 
@@ -103,37 +104,50 @@ class DualStreamUNet(nn.Module):
         h = u.conv_in(z_BCHW)
         skips = [h]
         for down in u.down_blocks:
-            attentions: list[Any] = list(getattr(down, "attentions", [None] * len(down.resnets)))
-            for resnet, attention in zip(down.resnets, attentions, strict=True):
-                h = resnet(h, time_BD)
+            for resnet, attention in zip(down.resnets, _attentions(down), strict=True):
+                h = self.unit(resnet, h, time_BD)
                 if attention is not None:
                     block = next(streams) if self.stream.fusion == "all" else None
-                    h, h_BE = self._transform(
-                        attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B
+                    h, h_BE = self.unit(
+                        self._transform, attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B
                     )
                 skips.append(h)
             for downsampler in down.downsamplers or ():
                 h = downsampler(h)
                 skips.append(h)
-        h = u.mid_block.resnets[0](h, time_BD)
-        h, h_BE = self._transform(
-            u.mid_block.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B
+        mid = u.mid_block
+        h = self.unit(mid.resnets[0], h, time_BD)
+        h, h_BE = self.unit(
+            self._transform,
+            *(mid.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B),
         )
-        h = u.mid_block.resnets[1](h, time_BD)
+        h = self.unit(mid.resnets[1], h, time_BD)
         return Encoded(h, tuple(skips), time_BD, h_BE)
 
     def decode(self, encoded: Encoded, c_BLD: Tensor) -> Tensor:
-        """Diffusers' own up blocks and output layers: the image stream's raw prediction F."""
-        u, h, skips = self.unet, encoded.mid_BCHW, encoded.skips
+        """Up blocks and output layers: the image stream's raw prediction F."""
+        u, h, skips = self.unet, encoded.mid_BCHW, list(encoded.skips)
         for up in u.up_blocks:
-            here, skips = skips[-len(up.resnets) :], skips[: -len(up.resnets)]
-            extra = {"encoder_hidden_states": c_BLD} if hasattr(up, "attentions") else {}
-            h = up(hidden_states=h, res_hidden_states_tuple=here, temb=encoded.time_BD, **extra)
+            for resnet, attention in zip(up.resnets, _attentions(up), strict=True):
+                h = self.unit(self._joined, resnet, h, skips.pop(), encoded.time_BD)
+                if attention is not None:
+                    h = self.unit(self._attended, attention, h, c_BLD)
+            for upsampler in up.upsamplers or ():
+                h = self.unit(upsampler, h)
         return u.conv_out(u.conv_act(u.conv_norm_out(h)))
 
     def predict_query(self, encoded: Encoded) -> Tensor:
         """ê_0, shape (B, E), from the text token and the mid map."""
         return self.head(encoded.h_BE, encoded.mid_BCHW)
+
+    @staticmethod
+    def _joined(resnet: Any, x_BCHW: Tensor, skip_BCHW: Tensor, time_BD: Tensor) -> Tensor:
+        """A residual block of the decoder; the joined map is of its inside, not kept twice."""
+        return resnet(torch.cat([x_BCHW, skip_BCHW], dim=1), time_BD)
+
+    @staticmethod
+    def _attended(attention: Any, x_BCHW: Tensor, c_BLD: Tensor) -> Tensor:
+        return attention(x_BCHW, encoder_hidden_states=c_BLD, return_dict=False)[0]
 
     def _transform(
         self,
@@ -173,3 +187,8 @@ class DualStreamUNet(nn.Module):
             x_BNC, x_BCHW, batch, height, width, x_BNC.shape[-1]
         )
         return out, h_BE
+
+
+def _attentions(block: Any) -> list[Any]:
+    """The transformer behind each residual block of a level; None where the level has none."""
+    return list(getattr(block, "attentions", None) or [None] * len(block.resnets))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretrain.config import Config, build
 from pretrain.errors import ConfigError
 from pretrain.model.identity import digest
+from pretrain.model.recompute import Recomputing
 from pretrain.types import TextFeatures
 
 PREFIX = "text_encoder."  # of its weights in an exported model
@@ -50,7 +51,7 @@ class TextEncoderConfig(Config):
         return self
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Recomputing):
     """Bidirectional transformer; e is the L2-normalised projection of the end token's feature (as
     CLIP pools)."""
 
@@ -81,7 +82,7 @@ class TextEncoder(nn.Module):
         bias_B1L = torch.zeros(mask_BL.shape, dtype=h_BLD.dtype, device=h_BLD.device)
         bias_B1L = bias_B1L.masked_fill(~mask_BL, float("-inf"))[:, None]
         for block in self.blocks:
-            h_BLD = block(h_BLD, attention_mask=bias_B1L)
+            h_BLD = self.unit(block, h_BLD, bias_B1L)
         c_BLD = self.norm(h_BLD)
         last_B = mask_BL.sum(1) - 1  # the end token
         e_BE = self.query(c_BLD[torch.arange(len(c_BLD), device=c_BLD.device), last_B])

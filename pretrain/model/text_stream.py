@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.model.recompute import Recomputing
 
 
 class TextStreamConfig(Config):
@@ -63,7 +64,7 @@ class TextStreamBlock(nn.Module):
             self.fc_in.weight.mul_(0.1)
 
 
-class AlignmentHead(nn.Module):
+class AlignmentHead(Recomputing):
     """M transformer blocks over [text token; flattened mid map], then a linear predictor on the
     text token."""
 
@@ -95,5 +96,5 @@ class AlignmentHead(nn.Module):
         x_BND = torch.cat([self.from_query(h_BE)[:, None], self.from_map(map_BNC)], dim=1)
         x_BND = x_BND + self.position(torch.arange(x_BND.shape[1], device=x_BND.device))
         for block in self.blocks:
-            x_BND = block(x_BND)
+            x_BND = self.unit(block, x_BND)
         return self.predictor(self.norm(x_BND[:, 0]))

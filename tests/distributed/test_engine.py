@@ -5,6 +5,7 @@ import torch
 
 from pretrain.engine import Engine
 from pretrain.engine_config import EngineConfig
+from pretrain.guard import Refusal
 from pretrain.optim import OptimizerConfig, parameter_groups
 from pretrain.task import TaskConfig
 from tests.support import ranks, tiny
@@ -187,7 +188,7 @@ def refuse_one() -> dict:
         if comm.rank() == 1
         else good
     )
-    refused = engine.step(bad, LR) is None
+    refused = isinstance(engine.step(bad, LR), Refusal)
     kept = all(torch.equal(before[n], p) for n, p in engine.gather().items())
     after = engine.step(good, LR)
     return {"refused": refused, "kept": kept, "after": float(after.loss)}

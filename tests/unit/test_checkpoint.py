@@ -1,117 +1,200 @@
-"""Which checkpoints exist, which are damaged, which are kept: with files of a stand-in engine."""
+"""Which checkpoints exist, which are damaged, which are kept: real files of a plain engine, on one
+rank."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain import checkpoint, storage
 from pretrain.checkpoint import (
     MARKER,
-    TAG,
+    BestConfig,
     CheckpointConfig,
     Checkpointer,
+    best,
     damage,
     list_committed,
 )
 from pretrain.errors import CheckpointError
+from tests.support.plain import PlainEngine, same
+
+WEIGHTS = "weights/rank-00000.safetensors"
 
 
-class Files:
-    """Writes and reads files as an engine does; ``state`` is all that it holds."""
-
-    def __init__(self, state: str = "") -> None:
-        self.state = state
-
-    def save(self, folder: str, tag: str) -> None:
-        path = Path(folder) / tag
-        path.mkdir()
-        (path / "rank0.bin").write_text(self.state)
-        (path / "rank1.bin").write_text("the other rank's part")
-
-    def load(self, folder: str, tag: str) -> None:
-        self.state = (Path(folder) / tag / "rank0.bin").read_text()
+def make(folder: Path, **settings: Any) -> Checkpointer:
+    return Checkpointer(folder / "checkpoints", CheckpointConfig(**{"keep": 2, **settings}))
 
 
 @pytest.fixture
 def checkpointer(tmp_path: Path) -> Checkpointer:
-    return Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=2))
+    return make(tmp_path)
 
 
-def save(checkpointer: Checkpointer, *samples: int) -> list[Path]:
-    return [checkpointer.save(Files(f"state {n}"), n, {"name": "run"}) for n in samples]  # type: ignore[arg-type]
+def save(checkpointer: Checkpointer, *samples: int, **facts: Any) -> list[PlainEngine]:
+    """Saves a state of its own at each count; the engines that hold them."""
+    engines = []
+    for count in samples:
+        engine = PlainEngine(seed=count)
+        engine.step()
+        checkpointer.save(engine, count, {"name": "run", **facts}, last=True)  # type: ignore[arg-type]
+        engines.append(engine)
+    return engines
 
 
-def restore(checkpointer: Checkpointer) -> tuple[Any, str]:
-    engine = Files()
-    return checkpointer.restore(engine), engine.state  # type: ignore[arg-type]
+def restore(checkpointer: Checkpointer) -> tuple[Any, PlainEngine]:
+    engine = PlainEngine(seed=99)
+    return checkpointer.restore(engine), engine  # type: ignore[arg-type]
 
 
-def test_what_was_saved_last_is_restored(checkpointer: Checkpointer) -> None:
-    save(checkpointer, 16, 8, 900)
-    found, state = restore(checkpointer)
-    assert state == "state 900" and found.samples == 900
+def folder_of(checkpointer: Checkpointer, samples: int) -> Path:
+    return checkpointer.folder / f"samples-{samples:012d}"
+
+
+def test_what_was_saved_last_is_restored(checkpointer):
+    *_, newest = save(checkpointer, 16, 8, 900)
+    found, engine = restore(checkpointer)
+    assert same(engine.state(), newest.state())
+    assert found.samples == 900
     assert found.run == {"name": "run", "samples": 900, "world_size": 1}
 
 
-def test_nothing_to_restore(checkpointer: Checkpointer) -> None:
-    assert restore(checkpointer) == (None, "")
-    assert checkpointer.committed() == []
+def test_nothing_to_restore(checkpointer):
+    assert restore(checkpointer)[0] is None and checkpointer.committed() == []
 
 
-def test_the_newest_are_kept_by_samples_not_by_name_length(checkpointer: Checkpointer) -> None:
+def test_the_newest_are_kept_by_samples_not_by_name_length(checkpointer):
     save(checkpointer, 8, 16, 1_000_000, 24)
     assert [c.samples for c in checkpointer.committed()] == [24, 1_000_000]
-    left = sorted(p.name for p in checkpointer.folder.iterdir())
-    assert left == ["samples-000000000024", "samples-000001000000"]
+    assert sorted(p.name for p in checkpointer.folder.iterdir()) == [
+        "samples-000000000024",
+        "samples-000001000000",
+    ]
 
 
-def test_a_folder_without_its_marker_is_never_read_and_is_replaced(
-    checkpointer: Checkpointer,
-) -> None:
-    old, new = save(checkpointer, 8, 16)
+def test_the_best_is_kept_however_old(tmp_path):
+    checkpointer = make(tmp_path, keep=1, best={"metric": "top1"})
+    for samples, top1 in [(8, 0.1), (16, 0.5), (24, 0.3), (32, 0.5)]:
+        save(checkpointer, samples, metrics={"top1": top1})
+    assert [c.samples for c in checkpointer.committed()] == [32]  # the newest of equals
+    save(checkpointer, 40, metrics={"top1": 0.2})
+    save(checkpointer, 48)
+    assert [c.samples for c in checkpointer.committed()] == [32, 48]
+    checkpointer.annotate(48, {"top1": 0.9})  # as the last evaluation of a run does
+    found = checkpointer.committed()
+    for mode, samples in (("max", 48), ("min", 32)):
+        chosen = best(found, BestConfig(metric="top1", mode=mode))
+        assert chosen is not None and chosen.samples == samples
+    assert best(found, BestConfig(metric="novel")) is None and best(found, None) is None
+    assert damage(folder_of(checkpointer, 48)) is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(checkpointer, monkeypatch):
+    """`save` returns with its file half written; what is written is the state of that moment."""
+    go, real = threading.Event(), checkpoint.write_part
+
+    def slowly(*arguments: Any) -> Any:
+        assert go.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_part", slowly)
+    engine = PlainEngine(seed=1)
+    engine.step()
+    before = engine.state()
+    checkpointer.save(engine, 8, {})
+    engine.step()
+    assert not (folder_of(checkpointer, 8) / MARKER).exists()
+    go.set()
+    checkpointer.finish(last=True)
+    assert same(restore(checkpointer)[1].state(), before)
+    assert not same(before, engine.state())
+
+
+def test_in_the_foreground_a_save_returns_with_the_marker(tmp_path):
+    checkpointer = make(tmp_path, background=False)
+    checkpointer.save(PlainEngine(), 8, {})
+    assert (folder_of(checkpointer, 8) / MARKER).exists()
+
+
+def test_going_back_in_memory_takes_the_last_saved_state(checkpointer):
+    engine = PlainEngine(seed=1, half_lives=(16,))
+    assert checkpointer.rewind(engine) is None
+    engine.step()
+    checkpointer.save(engine, 8, {"progress": 8})
+    before = engine.state()
+    engine.step()
+    shutil.rmtree(checkpointer.folder)  # memory alone can give it back
+    assert checkpointer.rewind(engine) == {"progress": 8, "samples": 8, "world_size": 1}
+    assert same(engine.state(), before)
+
+
+def test_going_back_without_memory_reads_the_newest_checkpoint(tmp_path):
+    checkpointer = make(tmp_path, rewind_in_memory=False)
+    engine = PlainEngine(seed=1)
+    engine.step()
+    checkpointer.save(engine, 8, {"progress": 8})
+    before = engine.state()
+    engine.step()
+    found = checkpointer.rewind(engine)
+    assert found is not None and found["progress"] == 8 and same(engine.state(), before)
+
+
+def test_a_folder_without_its_marker_is_never_read_and_is_replaced(checkpointer):
+    old, _ = save(checkpointer, 8, 16)
+    new = folder_of(checkpointer, 16)
     (new / MARKER).unlink()
-    (new / TAG / "rank0.bin").write_text("half")
+    (new / WEIGHTS).write_text("half")
+    (new / "rubbish").write_text("x")
     assert [c.samples for c in list_committed(checkpointer.folder)] == [8]
-    assert restore(checkpointer)[1] == "state 8"
-    save(checkpointer, 16)
-    assert restore(checkpointer)[1] == "state 16" and damage(new) is None
-    assert old.exists()
+    assert same(restore(checkpointer)[1].state(), old.state())
+    (again,) = save(checkpointer, 16)
+    assert same(restore(checkpointer)[1].state(), again.state())
+    assert damage(new) is None and not (new / "rubbish").exists()
 
 
-def test_what_a_killed_save_left_is_replaced(checkpointer: Checkpointer) -> None:
-    aside = checkpointer.folder / ".samples-000000000008.tmp"
-    aside.mkdir(parents=True)
-    (aside / "rubbish").write_text("x")
-    (folder,) = save(checkpointer, 8)
-    assert not aside.exists() and not (folder / "rubbish").exists()
+def full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_an_engine_that_fails_commits_nothing(checkpointer: Checkpointer) -> None:
-    class Failing(Files):
-        def save(self, folder: str, tag: str) -> None:
-            super().save(folder, tag)
-            raise OSError(28, "disk full")
-
+def test_a_full_disk_in_mid_run_is_a_warning_and_the_next_save_succeeds(
+    checkpointer, monkeypatch, capsys
+):
     save(checkpointer, 8)
-    with pytest.raises(OSError, match="disk full"):
-        checkpointer.save(Failing(), 16, {})  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_part", full)
+        checkpointer.save(PlainEngine(), 16, {})
+        checkpointer.finish()
+    assert "No space left on device" in capsys.readouterr().out
+    assert [c.samples for c in checkpointer.committed()] == [8]
+    assert not folder_of(checkpointer, 16).exists()  # a full disk needs the room
+    assert checkpointer.failures == 1
+    save(checkpointer, 24)
+    assert [c.samples for c in checkpointer.committed()] == [8, 24]
+
+
+@pytest.mark.parametrize(("last", "policy"), [(True, "warn"), (False, "stop")])
+def test_a_full_disk_at_the_end_or_by_policy_stops(tmp_path, monkeypatch, last, policy):
+    checkpointer = make(tmp_path, on_failure=policy)
+    save(checkpointer, 8)
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*the checkpoint before it is"):
+        checkpointer.save(PlainEngine(), 16, {}, last=last)
+        checkpointer.finish()
     assert [c.samples for c in checkpointer.committed()] == [8]
 
 
-def test_a_second_save_at_the_same_count_changes_nothing(checkpointer: Checkpointer) -> None:
+def test_a_second_save_at_the_same_count_changes_nothing(checkpointer):
     (first,) = save(checkpointer, 8)
-    assert checkpointer.save(Files("another state"), 8, {}) == first  # type: ignore[arg-type]
-    assert restore(checkpointer)[1] == "state 8"
+    checkpointer.save(PlainEngine(seed=5), 8, {}, last=True)
+    assert same(restore(checkpointer)[1].state(), first.state())
 
 
-def test_the_marker_is_written_after_everything_else(
-    checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pretrain import storage
-
+def test_the_marker_is_written_after_everything_else(checkpointer, monkeypatch):
     written: list[str] = []
     real = storage.write_bytes
 
@@ -126,68 +209,122 @@ def test_the_marker_is_written_after_everything_else(
     assert written[-1] == MARKER and written.count(MARKER) == 1
 
 
-def test_pruning_takes_the_marker_first(
-    checkpointer: Checkpointer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_does_not_read_back_is_not_committed(checkpointer, monkeypatch, capsys):
+    """A disk that loses bytes: what was written is compared with what is there."""
+    real = checkpoint.write_part
+
+    def lossy(folder: Path, *arguments: Any) -> Any:
+        from pretrain import parts
+
+        def write(path: Path, *rest: Any) -> Any:
+            written = real_write(path, *rest)
+            with path.open("r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                last = stream.read(1)
+                stream.seek(-1, os.SEEK_END)
+                stream.write(bytes([last[0] ^ 1]))
+            return written
+
+        real_write = parts.write
+        with monkeypatch.context() as patch:
+            patch.setattr(parts, "write", write)
+            return real(folder, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_part", lossy)
+    checkpointer.save(PlainEngine(), 8, {})
+    checkpointer.finish()
+    assert "does not read back as it was written" in capsys.readouterr().out
+    assert checkpointer.committed() == []
+
+
+def test_pruning_takes_the_marker_first(checkpointer, monkeypatch):
     save(checkpointer, 8, 16)
 
-    def killed(folder: Path) -> None:
-        assert not (folder / MARKER).exists()
-        raise KeyboardInterrupt
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if Path(folder).exists():
+            assert not (Path(folder) / MARKER).exists()
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", lambda f, ignore_errors=False: ignore_errors or killed(f))
-        save(checkpointer, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        checkpointer.save(PlainEngine(), 24, {})
+        checkpointer._save.thread.join()  # type: ignore[union-attr]
+    assert folder_of(checkpointer, 8).exists()
     assert [c.samples for c in checkpointer.committed()] == [16, 24]
 
 
 DAMAGE = {
-    "engine/rank1.bin is missing": lambda f: (f / "engine/rank1.bin").unlink(),
-    "engine/rank0.bin has 3 bytes, 7 were written": lambda f: os.truncate(
-        f / "engine/rank0.bin", 3
-    ),
-    "engine/rank0.bin has changed": lambda f: (f / "engine/rank0.bin").write_text("state 9"),
+    "exp_avg/rank-00000.safetensors is missing": lambda f: (
+        f / "exp_avg/rank-00000.safetensors"
+    ).unlink(),
+    "rank-00000.safetensors has 3 bytes": lambda f: os.truncate(f / WEIGHTS, 3),
+    "rank-00000.safetensors has changed": lambda f: flip(f / WEIGHTS),
     "run.json has changed": lambda f: (f / "run.json").write_text(
         (f / "run.json").read_text().replace('"run"', '"ran"')
     ),
     "manifest.json cannot be read": lambda f: (f / "manifest.json").unlink(),
+    "manifest.json does not list state.json": lambda f: (f / "manifest.json").write_text("{}"),
 }
 
 
+def flip(path: Path) -> None:
+    """One bit of the last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
 @pytest.mark.parametrize("says", DAMAGE)
-def test_damage_names_the_file_and_nothing_is_loaded(checkpointer: Checkpointer, says: str) -> None:
-    _, folder = save(checkpointer, 4, 8)
+def test_damage_is_named_and_the_one_before_is_taken(checkpointer, says, capsys):
+    before, _ = save(checkpointer, 4, 8)
+    folder = folder_of(checkpointer, 8)
     assert damage(folder) is None
     DAMAGE[says](folder)
     assert says in str(damage(folder))
-    engine = Files()
-    with pytest.raises(CheckpointError) as caught:
+    found, engine = restore(checkpointer)
+    assert found.samples == 4 and same(engine.state(), before.state())
+    said = capsys.readouterr().out
+    assert says in said and folder.name in said
+    assert not folder.exists() and (folder.parent / f"damaged-{folder.name}").exists()
+
+
+def test_by_policy_damage_stops_and_nothing_is_loaded(tmp_path):
+    checkpointer = make(tmp_path, on_damage="stop")
+    save(checkpointer, 4, 8)
+    flip(folder_of(checkpointer, 8) / WEIGHTS)
+    engine = PlainEngine(seed=99)
+    before = engine.state()
+    with pytest.raises(CheckpointError, match="has changed since it was written; delete that"):
         checkpointer.restore(engine)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert says in message and folder.name in message and "delete that folder" in message
-    assert engine.state == ""
-    shutil.rmtree(folder)  # the remedy that the message gives
-    assert restore(checkpointer)[1] == "state 4"
+    assert same(engine.state(), before)
+
+
+def test_when_all_are_damaged_a_run_does_not_start_anew_in_silence(checkpointer):
+    save(checkpointer, 4, 8)
+    for samples in (4, 8):
+        flip(folder_of(checkpointer, samples) / WEIGHTS)
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+        restore(checkpointer)
 
 
 @pytest.mark.parametrize("text", [None, '{"samples": '])
-def test_a_run_json_that_cannot_be_read_is_damage_too(
-    checkpointer: Checkpointer, text: str | None
-) -> None:
-    (folder,) = save(checkpointer, 8)
-    (folder / "run.json").unlink()
+def test_a_run_json_that_cannot_be_read_is_damage_too(checkpointer, text):
+    save(checkpointer, 8)
+    path = folder_of(checkpointer, 8) / "run.json"
+    path.unlink()
     if text is not None:
-        (folder / "run.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"run\.json"):
+        path.write_text(text)
+    assert "run.json" in str(damage(path.parent))
+    with pytest.raises(CheckpointError, match="every checkpoint"):
         restore(checkpointer)
 
 
-def test_another_number_of_ranks_is_refused_with_both(checkpointer: Checkpointer) -> None:
-    (folder,) = save(checkpointer, 8)
-    run = json.loads((folder / "run.json").read_text()) | {"world_size": 4}
-    (folder / "run.json").write_text(json.dumps(run))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["run.json"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"written by 4 ranks and this run has 1; start it"):
-        restore(checkpointer)
+def test_ranks_share_the_reading_and_together_read_everything(checkpointer):
+    save(checkpointer, 8)
+    folder = folder_of(checkpointer, 8)
+    for name in json.loads((folder / "manifest.json").read_text()):
+        kept = (folder / name).read_bytes()
+        flip(folder / name)
+        found = [damage(folder, rank, 3) for rank in range(3)]
+        assert len([problem for problem in found if problem]) == 1, name
+        (folder / name).write_bytes(kept)

@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # layer -> the modules (x means x.py) and folders (x/ means all in it) of that layer
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
-        "errors config plugins remote storage comm types rng ops progress mlflow_env",
+        "errors config plugins remote storage comm types rng ops progress mlflow_env "
+        "stop watchdog sentinel",
         "data/ diffusion/ model/",
         "objectives/",
-        "task ema inference",
-        "engine engine_config optim partitions",
-        "checkpoint evaluators/ tracking/ registry pyfunc_model",
+        "task ema inference weights",
+        "engine engine_config optim partitions parts guard",
+        "mirror checkpoint evaluators/ tracking/ registry pyfunc_model",
         "run_config plan",
         "train export summary encode encoders",
         "commands/ __main__",

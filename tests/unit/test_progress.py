@@ -1,15 +1,13 @@
-"""Progress in samples: what is due when, and how a run is asked to stop."""
+"""Progress in samples: what is due when, and what a person sees."""
 
 import dataclasses
 import json
-import signal
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.progress import Display, Progress, Stop
+from pretrain.progress import Display, Progress
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 70))
@@ -52,23 +50,6 @@ def test_it_survives_a_checkpoint() -> None:
     stored = json.loads(json.dumps(dataclasses.asdict(progress)))
     again = Progress(**stored)
     assert again == progress and again.due(8)
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_asks_to_stop_and_kills_nothing(handlers: None, number: signal.Signals) -> None:
-    stop = Stop()
-    assert not stop.agreed()
-    signal.raise_signal(number)
-    signal.raise_signal(number)
-    assert stop.agreed()
 
 
 def test_a_log_line_has_losses_speed_and_the_time_that_is_left(

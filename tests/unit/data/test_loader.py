@@ -143,6 +143,27 @@ def test_workers_change_nothing(corpus: Callable[..., str], make: Callable[..., 
         )
 
 
+def test_a_batch_stays_as_it_was_for_as_long_as_anybody_holds_a_part_of_it(
+    corpus: Callable[..., str], make: Callable[..., Loader]
+) -> None:
+    url = corpus([5, 4, 7, 6])
+    expected = [b.images_BCHW for b in take(make(url, 4), 60)]
+    held: dict[int, list[torch.Tensor]] = {}
+    for step, batch in enumerate(itertools.islice(iter(make(url, 4, workers=2)), 60)):
+        assert torch.equal(batch.images_BCHW, expected[step])  # not torn, nor another's
+        # Some are let go at once, some held whole or as micro-batches, some for long: slots run
+        # out at times, and come back in another order than they went.
+        if step % 3:
+            parts = [p.images_BCHW for p in batch.split(2)]
+            held[step] = [batch.images_BCHW] if step % 4 == 1 else parts[1:]
+        del batch
+        for old in [o for o in held if (o * 7 + step) % 11 == 0]:
+            first = 2 * (len(held[old][0]) == 2)
+            assert torch.equal(held.pop(old)[0], expected[old][first:])
+    for old, (part, *_) in held.items():
+        assert torch.equal(part, expected[old][2 * (len(part) == 2) :])
+
+
 def test_a_stop_loses_and_repeats_nothing_though_workers_read_ahead(
     corpus: Callable[..., str], make: Callable[..., Loader]
 ) -> None:

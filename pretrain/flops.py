@@ -1,0 +1,148 @@
+"""Floating-point operations of a training step, and the share of the hardware's peak that they are.
+
+    MFU = flops_per_sample × samples per second ÷ (ranks × peak flops of a rank's device)
+
+(model FLOPs utilisation: Chowdhery et al. 2022, PaLM, appendix B). A multiply and an add are two
+operations. Only what the model's mathematics needs is counted: not the recomputation of activation
+checkpointing, not the optimizer, not a frozen autoencoder.
+"""
+
+import time
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.abstract import AbstractRun
+from pretrain.run_config import RunConfig
+
+# The beginnings of the names of each component's modules below the task; the first that fits.
+COMPONENTS = (
+    ("model.text_encoder", "text encoder"),
+    ("model.trunk.unet.up_blocks", "decoder"),
+    ("model.trunk.unet.conv_norm_out", "decoder"),
+    ("model.trunk.unet.conv_out", "decoder"),
+    ("model.trunk.unet", "image encoder"),
+    ("model.trunk.blocks", "text stream"),
+    ("model.trunk.query_time", "text stream"),
+    ("model.trunk.head", "head"),
+    ("", "objectives"),
+)
+
+# Dense operations per second by the name that CUDA gives the device, from NVIDIA's data sheets
+# (their figures with sparsity, halved): matrix products in bf16 or fp16 on tensor cores, and fp32
+# outside them (torch's default: TF32 is off for matrix products). The first name that fits.
+PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250e12, 75e12),  # HGX B200: eight of them 36e15 sparse, 600e12 fp32
+    ("H200 NVL", 835e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("L40S", 362e12, 91.6e12),
+    ("L40", 181e12, 90.5e12),
+    ("L4", 121e12, 30.3e12),
+    ("A10G", 70e12, 31.5e12),
+    ("A10", 125e12, 31.2e12),
+    ("V100", 125e12, 15.7e12),
+    ("T4", 65e12, 8.1e12),
+)
+WITHOUT_BF16 = ("V100", "T4")
+
+
+def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
+    """Operations of one training step for one sample, by component.
+
+    A forward pass is counted operation by operation on the meta device. The backward pass
+    takes twice as many: one matrix product for the inputs' gradient, one for the weights'; a frozen
+    module takes only the first, a wholly frozen text encoder neither. The query's token in the
+    shared attention is counted with the image encoder.
+
+    Args:
+        config: the run; its engine.micro_batch says what a pass of the null prompt is shared by.
+        vocab_size: of its tokenizer.
+    """
+    run = AbstractRun(config, vocab_size)
+    n = config.engine.micro_batch
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        run.task(run.batch(n))
+    root = type(run.task).__name__
+    by_name = {
+        name.removeprefix(root).lstrip("."): sum(operations.values())
+        for name, operations in counted.get_flop_counts().items()
+        if name != "Global"
+    }
+    modules = dict(run.task.named_modules())
+    flops = {component: 0.0 for _, component in COMPONENTS}
+    for name, forward in own(by_name).items():
+        component = next(what for prefix, what in COMPONENTS if name.startswith(prefix))
+        flops[component] += forward * (1 + _backward(name, modules, run)) / n
+    return flops
+
+
+def own(by_name: Mapping[str, float]) -> dict[str, float]:
+    """What each module computes outside the modules that it called."""
+    rest = dict(by_name)
+    for name, value in by_name.items():
+        above = name
+        while above:
+            above = above.rpartition(".")[0]
+            if above in rest:
+                rest[above] -= value
+                break
+    return rest
+
+
+def mfu(flops_per_sample: float, samples_per_second: float, ranks: int, peak: float) -> float:
+    """The share of the peak, by the formula above."""
+    return flops_per_sample * samples_per_second / (ranks * peak)
+
+
+def peak_flops(device: torch.device | str, precision: str) -> float | None:
+    """Dense operations per second of a device in a precision; None where no data sheet is known.
+
+    Args:
+        device: a CUDA device, or a device's name.
+        precision: "fp32", "bf16" or "fp16".
+    """
+    name = device if isinstance(device, str) else ""
+    if isinstance(device, torch.device) and device.type == "cuda":  # never run here: no GPU
+        name = torch.cuda.get_device_name(device)
+    for known, half, single in PEAKS:
+        if known in name:
+            if precision == "bf16" and known in WITHOUT_BF16:
+                return None
+            return single if precision == "fp32" else half
+    return None
+
+
+def measured_peak(
+    precision: str, device: torch.device | str = "cpu", side: int = 1024, seconds: float = 0.5
+) -> float:
+    """The best rate of a square matrix product on this process's threads, in operations per second.
+
+    What stands in for a data sheet on a CPU. Other processes that compute meanwhile lower it.
+    """
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a = torch.randn(side, side, device=device).to(kind)
+    multiply = partial(torch.mm, a, a, out=torch.empty_like(a))
+    multiply()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        multiply()
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _backward(name: str, modules: Mapping[str, nn.Module], run: AbstractRun) -> float:
+    """Operations of the backward pass by those of the forward pass, of a module by itself."""
+    if run.text_frozen and name.startswith("model.text_encoder"):
+        return 0.0
+    weights = list(modules[name].parameters(recurse=False)) if name in modules else []
+    return 1.0 if weights and not any(w.requires_grad for w in weights) else 2.0
