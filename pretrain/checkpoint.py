@@ -67,6 +67,7 @@ class CheckpointConfig(Config):
             before, "stop" ends the run.
         copy_to: URL (s3://bucket/folder) that every committed checkpoint is copied to, by each rank
             its own part; a resume takes it from there where it is newer.
+        copy_seconds: how long a request to ``copy_to`` is tried; a copy that fails is a warning.
     """
 
     every_samples: int = Field(10_000, ge=1)
@@ -77,6 +78,7 @@ class CheckpointConfig(Config):
     on_failure: Literal["warn", "stop"] = "warn"
     on_damage: Literal["previous", "stop"] = "previous"
     copy_to: str | None = None
+    copy_seconds: float = Field(300.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,16 @@ class Checkpointer:
         self._say = say
         self._save: _Save | None = None
         self._good: tuple[Copy, dict[str, Any]] | None = None
-        self._mirror = Mirror(config.copy_to, config.keep) if config.copy_to else None
+        retry = storage.Retry(deadline_seconds=config.copy_seconds)
+        self._mirror = Mirror(config.copy_to, config.keep, retry) if config.copy_to else None
 
     def save(
-        self, engine: Engine, samples: int, run: Mapping[str, Any], last: bool = False
+        self,
+        engine: Engine,
+        samples: int,
+        run: Mapping[str, Any],
+        last: bool = False,
+        copies_seconds: float | None = None,
     ) -> Path:
         """Copy the state after ``samples`` samples, and write and commit it. Collective.
 
@@ -143,6 +151,7 @@ class Checkpointer:
             samples: progress; names the folder.
             run: JSON-serialisable facts that a resume checks and restores.
             last: wait until it is committed, and raise if it cannot be.
+            copies_seconds: that ``last`` waits for copies to ``copy_to``; None for what they take.
 
         Raises:
             CheckpointError: it cannot be written, and ``last`` or the configuration says so.
@@ -168,16 +177,17 @@ class Checkpointer:
             )
             save.thread.start()
         if last or not self.config.background:
-            self.finish(last=last)
+            self.finish(last, copies_seconds)
         self.stalled_seconds += time.monotonic() - began
         return folder
 
-    def finish(self, last: bool = False) -> None:
+    def finish(self, last: bool = False, copies_seconds: float | None = None) -> None:
         """Wait for the save under way, if there is one. Collective.
 
         Args:
             last: also wait for copies to ``copy_to``; and a failure raises whatever the
                 configuration says.
+            copies_seconds: see `save`.
 
         Raises:
             CheckpointError: it failed, on any rank.
@@ -203,7 +213,8 @@ class Checkpointer:
             elif self._mirror is not None:
                 self._mirror.submit(save.folder, comm.rank(), comm.world_size())
         if self._mirror is not None:
-            for warning in self._mirror.finish() if last else self._mirror.warnings():
+            mirror = self._mirror
+            for warning in mirror.finish(copies_seconds) if last else mirror.warnings():
                 self._say(f"[ckpt]  WARNING: {warning}")
         if last:
             comm.barrier()

@@ -24,10 +24,13 @@ class EngineConfig(Config):
         micro_batch: samples of one rank in one forward pass.
         activation_checkpointing: recompute the inside of each block in the backward pass instead of
             keeping it.
-        offload_optimizer: where masters and moments live, and where the optimizer computes: "none"
-            is the device, "cpu" the host's memory, "nvme" files in ``nvme_path``.
-        offload_parameters: where the partitions of the weights live between their uses.
-        nvme_path: folder on a fast disk of each host; for "nvme".
+        offload_optimizer: where masters, moments and moving averages live, and where the optimizer
+            computes: "none" is the device, "cpu" the host's memory. (On NVMe they would not be
+            there for moving averages and checkpoints to read.)
+        offload_parameters: where the partitions of the weights live between their uses: "none",
+            "cpu", or "nvme", files in ``nvme_path`` (which needs DeepSpeed's async_io op, and so
+            libaio; never run by us).
+        nvme_path: folder on a fast disk of each host, for "nvme".
         loss_scale_power: fp16's first loss scale, as a power of two; it halves when a gradient
             overflows.
         loss_scale_window: steps without an overflow after which it doubles.
@@ -35,14 +38,13 @@ class EngineConfig(Config):
             not gathered.
         bucket_elements: most elements in one reduction or prefetch.
         clip_norm: global gradient norm above which gradients are scaled down.
-        bad_steps_limit: non-finite losses in a row after which the run stops.
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 3
     micro_batch: int = Field(64, ge=1)
     activation_checkpointing: bool = False
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     loss_scale_power: int = Field(16, ge=0, le=32)
@@ -50,7 +52,6 @@ class EngineConfig(Config):
     persist_parameters: int = Field(100_000, ge=0)
     bucket_elements: int = Field(50_000_000, ge=1)
     clip_norm: float = Field(1.0, gt=0)
-    bad_steps_limit: int = Field(10, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "EngineConfig":
@@ -65,21 +66,15 @@ class EngineConfig(Config):
                 f"offload_optimizer={optimizer!r} needs zero_stage 1, 2 or 3, it is 0; set "
                 "zero_stage: 3, or offload_optimizer: none"
             )
-        if optimizer == "nvme" and self.zero_stage != 3:
+        if parameters == "nvme" and not self.nvme_path:
             raise ValueError(
-                f"offload_optimizer='nvme' needs zero_stage=3, it is {self.zero_stage}; set it to "
-                "3, or offload_optimizer: cpu"
-            )
-        swapping = "nvme" in (optimizer, parameters)
-        if swapping and not self.nvme_path:
-            raise ValueError(
-                "nvme_path is not given, but something is offloaded to nvme; name a folder on each "
+                "nvme_path is not given, and offload_parameters is 'nvme'; name a folder on each "
                 "host's own disk, or offload to cpu"
             )
-        if self.nvme_path and not swapping:
+        if self.nvme_path and parameters != "nvme":
             raise ValueError(
-                f"nvme_path={self.nvme_path!r}, but nothing is offloaded to nvme; set "
-                "offload_optimizer: nvme, or remove it"
+                f"nvme_path={self.nvme_path!r}, and offload_parameters={parameters!r}; set "
+                "offload_parameters: nvme, or remove nvme_path"
             )
         return self
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pretrain import ema, storage
-from pretrain.checkpoint import BestConfig, Checkpoint, best, damage, list_committed
+from pretrain.checkpoint import Checkpoint
+from pretrain.ckpt_tools import choose
 from pretrain.config import build
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointError, ExportError
@@ -28,42 +29,6 @@ from pretrain.train import build_task
 from pretrain.weights import Entry, write
 
 
-def choose(output: str | Path, which: str = "newest") -> Checkpoint:
-    """A committed checkpoint of the run in ``output``, its hashes verified.
-
-    Args:
-        which: "newest", "best" (by the run's ``checkpoint.best``), or a number of samples.
-
-    Raises:
-        CheckpointError: there is none such, or it is damaged.
-    """
-    found = list_committed(Path(output) / "checkpoints")
-    if not found:
-        raise CheckpointError(
-            f"output={str(output)!r} holds no committed checkpoint; train it first"
-        )
-    chosen: Checkpoint | None = found[-1]
-    if which == "best":
-        tree = (found[-1].run.get("config") or {}).get("checkpoint", {}).get("best")
-        chosen = best(found, BestConfig(**tree)) if tree else None
-        if chosen is None:
-            raise CheckpointError(
-                f"checkpoint='best': checkpoint.best={tree!r} of this run names no metric that a "
-                "checkpoint has; set it in the configuration, or take newest"
-            )
-    elif which != "newest":
-        chosen = next((c for c in found if str(c.samples) == which), None)
-    if chosen is None:
-        raise CheckpointError(
-            f"checkpoint={which!r} is not in {str(output)!r}; there are newest, best, "
-            f"{', '.join(str(c.samples) for c in found)}"
-        )
-    problem = damage(chosen.folder)
-    if problem:
-        raise CheckpointError(f"checkpoint={str(chosen.folder)!r} is damaged: {problem}")
-    return chosen
-
-
 def load_task(
     output: str | Path,
     tokenizer_path: str | None = None,
@@ -73,7 +38,7 @@ def load_task(
     """Task, configuration, tokenizer and progress of a run's checkpoint.
 
     Args:
-        which: of its checkpoints, see `choose`.
+        which: of its checkpoints, see `ckpt_tools.choose`.
         weights: "weights", or an average such as "ema-2000"; None takes the run's ``ema.use``.
 
     Raises:

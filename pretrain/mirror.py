@@ -12,6 +12,7 @@ import json
 import queue
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _MARKER = "COMMITTED"
 _RECEIPTS = "receipts"
 _RECEIPTS_DEADLINE_SECONDS = 1800.0
 _POLL_SECONDS = 1.0
+_GAVE_UP = ".not-copied"  # beside a rank's local receipt: the commit need not wait for it
 
 
 class Mirror:
@@ -54,10 +56,14 @@ class Mirror:
         found, self._warnings = self._warnings, []
         return found
 
-    def finish(self) -> list[str]:
-        """Wait for what was submitted; then as `warnings`."""
-        self._queue.join()
-        return self.warnings()
+    def finish(self, seconds: float | None = None) -> list[str]:
+        """Wait for what was submitted, at most ``seconds``; then as `warnings`."""
+        with self._queue.all_tasks_done:
+            done = self._queue.all_tasks_done.wait_for(
+                lambda: not self._queue.unfinished_tasks, seconds
+            )
+        late = [] if done else [f"the newest is not copied to {self.url} after {seconds:.0f} s"]
+        return self.warnings() + late
 
     def committed(self) -> list[str]:
         """Names of the checkpoints at the URL, oldest first.
@@ -128,9 +134,13 @@ class Mirror:
         while True:
             folder, rank, world = self._queue.get()
             try:
+                if not self._queue.empty():
+                    raise CheckpointError("the copies are slower than the checkpoints")
                 self._copy(folder, rank, world)
             except Exception as error:
                 self._warnings.append(f"{folder.name} was not copied to {self.url}: {error}")
+                with suppress(OSError):
+                    (folder / _RECEIPTS / f"rank-{rank:05d}{_GAVE_UP}").touch()
             finally:
                 self._queue.task_done()
 
@@ -148,6 +158,9 @@ class Mirror:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for rank in range(1, world):
             while not self._arrived(base, rank, manifest):
+                gave_up = folder / _RECEIPTS / f"rank-{rank:05d}{_GAVE_UP}"
+                if gave_up.exists() or not folder.exists():
+                    raise CheckpointError(f"rank {rank} did not copy its part")
                 if time.monotonic() > deadline:
                     raise CheckpointError(
                         f"rank {rank} did not copy its part in {_RECEIPTS_DEADLINE_SECONDS:.0f} s"

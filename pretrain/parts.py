@@ -130,6 +130,11 @@ class Parts:
             )
         return found
 
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the checkpoint keeps this kind of the parameter; False of moments and averages of
+        a frozen one."""
+        return any(name in self._names(kind, rank) for rank in range(self.world))
+
     def whole(self, kind: str, name: str) -> Tensor:
         """A parameter in its shape."""
         shape = self.shapes[name]

@@ -53,7 +53,7 @@ class State:
     Attributes:
         parameters: weights in the run's precision, with the small ones kept whole.
         gradients: in the run's precision.
-        optimizer: AdamW's two moments, and masters where the precision is not fp32.
+        optimizer: AdamW's two moments and the fp32 masters.
         ema: moving averages, fp32.
     """
 
@@ -132,37 +132,41 @@ def state_bytes_per_rank(
     """What one rank keeps between steps (activations, buckets and gathered weights not counted).
 
     ZeRO (Rajbhandari et al. 2020, section 5): weights and gradients in the precision, fp32 masters
-    where it is not fp32, two fp32 moments; stage 1 divides the optimizer's part (and our moving
-    averages, which lie on its partitions), 2 the gradients too, 3 the weights too.
+    and two fp32 moments; stage 1 divides the optimizer's part (and our moving averages, which lie
+    on its partitions), 2 the gradients too, 3 the weights too. DeepSpeed keeps masters beside fp32
+    weights as well (measured; 0.19.8 compares a torch.device with its name), but in stage 0.
 
     Args:
         parameters: that are trained.
         ranks, precision, zero_stage: of the run.
         ema_copies: moving averages that are kept.
         frozen: parameters that are not trained.
-        persistent: parameters that stage 3 keeps whole beside their partitions.
+        persistent: parameters that stage 3 keeps whole beside their partitions, on several ranks.
     """
     width = 4 if precision == "fp32" else 2
 
     def part(size: int, divided: bool) -> int:
         return -(-size // ranks) if divided else size
 
-    whole = persistent * width if zero_stage == 3 else 0
+    whole = persistent * width if zero_stage == 3 and ranks > 1 else 0
+    optimizer = 8 if precision == "fp32" and zero_stage == 0 else 12
     return State(
         parameters=part((parameters + frozen) * width, zero_stage >= 3) + whole,
         gradients=part(parameters * width, zero_stage >= 2),
-        optimizer=part(parameters * (8 if precision == "fp32" else 12), zero_stage >= 1),
+        optimizer=part(parameters * optimizer, zero_stage >= 1),
         ema=part(parameters * 4 * ema_copies, zero_stage >= 1),
     )
 
 
-def working_bytes(counted: Parameters, config: EngineConfig) -> int:
+def working_bytes(counted: Parameters, config: EngineConfig, ranks: int) -> int:
     """What a rank holds for the step beside state and activations: the bucket that gradients are
     reduced in, and under stage 3 the gathered weights (kept from the forward to the backward pass
     up to `LIVE_PARAMETERS`)."""
     width = 4 if config.precision == "fp32" else 2
     bucket = config.bucket_elements * width if config.zero_stage else 0
-    gathered = counted.total + counted.frozen - counted.persistent if config.zero_stage == 3 else 0
+    gathered = 0
+    if config.zero_stage == 3 and ranks > 1:  # on one rank the partition is the whole
+        gathered = counted.total + counted.frozen - counted.persistent
     return bucket + min(gathered, LIVE_PARAMETERS) * width + counted.outside * 4
 
 
@@ -285,7 +289,6 @@ def _memory(
         activation_bytes(config, vocab_size, checkpointing) for checkpointing in (False, True)
     )
     peak = (recomputing if e.activation_checkpointing else without).peak
-    working = working_bytes(counted, e)
     places = {"weights": e.offload_parameters, "optimizer": e.offload_optimizer}
     aside = [f"{what} on {place}" for what, place in places.items() if place != "none"]
     averages = f", {ema_copies} moving averages" if ema_copies else ""
@@ -305,6 +308,7 @@ def _memory(
             frozen=counted.frozen,
             persistent=counted.persistent,
         ).total
+        working = working_bytes(counted, e, n)
         try:
             steps = str(accumulation(e, config.training.global_batch, n))
         except ConfigError:

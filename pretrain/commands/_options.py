@@ -12,6 +12,21 @@ def add_overrides(parser: argparse.ArgumentParser, help: str = "override one fie
     )
 
 
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, as ``args.checkpoint``, and which weights of it, as ``args.weights``."""
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest, best, or a number of samples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="KIND",
+        help="weights, or a moving average such as ema-2000 (default: the run's ema.use)",
+    )
+
+
 def parse_part(text: str) -> tuple[int, int]:
     """(I, N) of ``--part I/N``.
 

@@ -1,16 +1,17 @@
-"""`evaluate`: a run's evaluators on its newest committed checkpoint, in one process."""
+"""`evaluate`: a run's evaluators on one of its committed checkpoints, in one process."""
 
 import argparse
 
-from pretrain.commands._options import add_overrides
+from pretrain.commands._options import add_choice, add_overrides
 
-HELP = "score a run's newest checkpoint with its evaluators"
+HELP = "score a run's checkpoint with its evaluators"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--output", required=True, help="the run's output folder")
     add_overrides(parser, "override one field, such as evaluators.zero_shot.noises=8")
+    add_choice(parser)
     parser.add_argument("--only", action="append", help="run this evaluator alone; may be repeated")
 
 
@@ -24,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
     from pretrain.train import evaluate
 
-    task, settings, tokenizer, samples = load_task(args.output)
+    task, settings, tokenizer, samples = load_task(
+        args.output, which=args.checkpoint, weights=args.weights
+    )
     tree = settings.model_dump(mode="json")
     for text in args.overrides:
         tree = config.merge(tree, config.parse_override(text))

@@ -5,6 +5,7 @@ state is the number of the next sample.
 """
 
 import atexit
+import gc
 import math
 import multiprocessing
 import signal
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pretrain.data import encoded
@@ -21,7 +25,7 @@ from pretrain.data.slots import Slots
 from pretrain.data.source import DataConfig, Source
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, PretrainError
-from pretrain.types import Batch, Reject
+from pretrain.types import Batch, Reject, TextFeatures
 
 __all__ = ["DataConfig", "Loader"]
 
@@ -37,10 +41,44 @@ class _Asked(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A batch; its pixels are in the slot, if there is one."""
+    """A batch on its way from a worker: what is small as arrays, which go through the queue as
+    bytes. A tensor would go as a file of its own in shared memory, and its descriptor through a
+    socket that is opened for it: four of them cost as much as decoding a picture.
 
-    batch: Batch
+    Attributes:
+        numbers, slot: as they were asked for.
+        shape_HW: of the pictures.
+        pixels: of the batch, unless they are in the slot.
+        encoded: latents and text features, of encoded data.
+    """
+
+    numbers: range
     slot: int | None
+    shape_HW: tuple[int, int]
+    pixels: Tensor | None
+    tokens: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.bool_]
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    rejects: tuple[Reject, ...]
+    encoded: tuple[Tensor | None, TextFeatures | None]
+
+    def batch(self, slots: Slots | None) -> Batch:
+        """For the rank."""
+        pixels = self.pixels
+        if pixels is None:
+            assert slots is not None and self.slot is not None
+            pixels = slots.hand_out(self.slot, (len(self.numbers), 3, *self.shape_HW))
+        return Batch(
+            pixels,
+            torch.from_numpy(self.tokens),
+            torch.from_numpy(self.mask),
+            torch.arange(self.numbers.start, self.numbers.stop, self.numbers.step),
+            self.keys,
+            self.captions,
+            self.rejects,
+            *self.encoded,
+        )
 
 
 class _Steps(Dataset[_Made | PretrainError]):
@@ -54,32 +92,30 @@ class _Steps(Dataset[_Made | PretrainError]):
     def __getitem__(self, asked: _Asked) -> _Made | PretrainError:
         try:
             self._look_ahead(asked.numbers)
-            return _Made(self._batch(*asked), asked.slot)
+            return self._made(*asked)
         except PretrainError as error:
             return error  # the rank raises it: torch would put a worker's traceback into its text
 
-    def _batch(self, numbers: range, slot: int | None = None) -> Batch:
+    def _made(self, numbers: range, slot: int | None = None) -> _Made:
         places = self.source.places(numbers)
-        shape = (3, *places[0].shape)
-        pixels = None
+        in_slot = None
         if slot is not None and self.slots is not None:
-            pixels = self.slots.view(slot, (len(numbers), *shape))
-        samples = self.source.samples(numbers, places, pixels)
+            in_slot = self.slots.view(slot, (len(numbers), 3, *places[0].shape))
+        samples = self.source.samples(numbers, places, in_slot)
         captions = tuple(s.caption for s in samples)
         tokens, mask = self.tokenizer.encode(captions, self.config.tokens)
         rejects: list[Reject] = [r for s in samples for r in s.rejects]
-        return Batch(
-            # (What is in a slot is there already; the rank makes a tensor of it.)
-            torch.stack([s.picture_CHW for s in samples])
-            if pixels is None
-            else torch.empty(0, *shape, dtype=torch.uint8),
-            tokens,
-            mask,
-            torch.tensor(numbers),
+        return _Made(
+            numbers,
+            slot,
+            places[0].shape,
+            torch.stack([s.picture_CHW for s in samples]) if in_slot is None else None,
+            tokens.numpy(),
+            mask.numpy(),
             tuple(s.key for s in samples),
             captions,
             tuple(rejects),
-            *encoded.stack([s.features for s in samples if s.features is not None]),
+            encoded.stack([s.features for s in samples if s.features is not None]),
         )
 
     def _look_ahead(self, numbers: range) -> None:
@@ -198,16 +234,14 @@ class Loader:
             # Forked from a training process, a child can inherit a lock that no thread will ever
             # release.
             multiprocessing_context="forkserver" if workers else None,
+            collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
         for made in batches:
             if isinstance(made, PretrainError):
                 raise made
-            batch, slot = made
-            if slots is not None and slot is not None:
-                shape = (len(batch), *batch.images_BCHW.shape[1:])
-                batch = replace(batch, images_BCHW=slots.hand_out(slot, shape))
+            batch = made.batch(slots)
             # Counted when it is handed out: what workers have read ahead is read again after a
             # resume.
             self.next_sample += self.global_batch
@@ -222,8 +256,13 @@ class Loader:
         self.next_sample = int(state["next_sample"])
 
 
+def _as_it_is(made: _Made | PretrainError) -> _Made | PretrainError:
+    return made  # torch's own would make tensors of the arrays
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: the collector need not walk it again and again
     # A scheduler signals the whole process group; the rank decides when its workers end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -24,11 +24,12 @@ class Slots:
 
     def __init__(self, count: int, num_bytes: int) -> None:
         self._memory = torch.empty(count, num_bytes, dtype=torch.uint8).share_memory_()
-        self._free = deque(range(count))
+        # The one given back last goes first: some of it is in the processor's cache still.
+        self._free = deque(reversed(range(count)))
 
     def take(self) -> int | None:
         """A free slot; None if there is none. For the rank."""
-        return self._free.popleft() if self._free else None
+        return self._free.pop() if self._free else None
 
     def view(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         """The slot as uint8 of ``shape``, to be filled. For a worker."""

@@ -11,6 +11,7 @@ import torch
 
 from pretrain.engine import Engine
 from pretrain.engine_config import EngineConfig
+from pretrain.guard import SCALE, Refusal
 from pretrain.optim import OptimizerConfig, freeze
 from pretrain.plan import state_bytes_per_rank
 from tests.support import ranks, tiny
@@ -20,33 +21,28 @@ pytestmark = pytest.mark.distributed
 STEPS, GLOBAL_BATCH, LR = 3, 8, 1e-3
 OBJECTIVES = {"generate": {}, "align": {}}
 
-PLAIN: dict[str, Any] = {}
+FROZEN = ["model.trunk.unet", "model.text_encoder"]
+SMALL = 5000  # kept whole where a case does not say otherwise
 CASES: dict[str, dict[str, Any]] = {
-    "plain": PLAIN,
-    "checkpointing": {"activation_checkpointing": True},
-    "checkpointing, all gathered": {"activation_checkpointing": True, "persist_parameters": 0},
-    "optimizer on cpu": {"offload_optimizer": "cpu"},
+    "plain": {},
+    "checkpointing": {"activation_checkpointing": True, "persist_parameters": 0},
     "all on cpu": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
-    "parameters on cpu": {"offload_parameters": "cpu"},
-    "bf16": {"precision": "bf16"},
-    "bf16 checkpointing on cpu": {
+    "bf16": {
         "precision": "bf16",
         "activation_checkpointing": True,
         "offload_optimizer": "cpu",
+        "persist_parameters": 0,
     },
     "fp16": {"precision": "fp16", "loss_scale_power": 8},
     "fp16 overflow": {"precision": "fp16", "loss_scale_power": 32},
-    "not fused": {"fused": False},
-    "frozen": {"freeze": ["model.trunk.unet", "model.text_encoder.blocks"]},
-    "frozen checkpointing": {
-        "freeze": ["model.trunk.unet", "model.text_encoder.blocks"],
-        "activation_checkpointing": True,
-    },
-    "stage 2 checkpointing": {"zero_stage": 2, "activation_checkpointing": True},
-    "stage 2 on cpu": {"zero_stage": 2, "offload_optimizer": "cpu"},
-    "stage 0 checkpointing": {"zero_stage": 0, "activation_checkpointing": True},
+    "frozen": {"freeze": FROZEN},
+    "frozen checkpointing": {"freeze": FROZEN, "activation_checkpointing": True},
+    "stage 2": {"zero_stage": 2, "activation_checkpointing": True, "offload_optimizer": "cpu"},
+    "stage 0": {"zero_stage": 0, "activation_checkpointing": True},
+    "not fused": {"zero_stage": 0, "fused": False},
 }
-ALONE = ["plain", "checkpointing", "all on cpu", "bf16", "frozen checkpointing"]
+TWO = ["plain", "checkpointing", "all on cpu", "bf16", "frozen checkpointing", "stage 2", "stage 0"]
+ONE = ["plain", "checkpointing", "fp16", "fp16 overflow", "frozen", "not fused"]
 
 
 def train(names: list[str]) -> dict[str, Any]:
@@ -62,23 +58,29 @@ def train(names: list[str]) -> dict[str, Any]:
             lr=LR,
             eps=1e-5,  # see test_engine.py
             freeze=tuple(options.pop("freeze", ())),
-            fused=options.pop("fused", None),
+            fused=options.pop("fused", True),
         )
         mine = GLOBAL_BATCH // comm.world_size()
-        config = EngineConfig(micro_batch=mine, **{"persist_parameters": 1000} | options)
+        config = EngineConfig(micro_batch=mine, **{"persist_parameters": SMALL} | options)
         engine = Engine(tiny.task(OBJECTIVES), config, optimizer, GLOBAL_BATCH)
         losses, norms = [], []
         for step in range(STEPS):
             batch = tiny.batch(mine, start=step * GLOBAL_BATCH + comm.rank() * mine)
             output = engine.step(batch, LR)
+            refused = isinstance(output, Refusal)
             losses.append(
-                None
-                if output is None
+                output.why
+                if refused
                 else comm.mean_over_ranks({"loss": float(output.loss)})["loss"]
             )
             norms.append(engine.gradient_norm())
-        state = engine.gather()
-        results[name] = {"losses": losses, "norms": norms, "state": state, "bytes": held(engine)}
+        kept = held(engine)
+        results[name] = {
+            "losses": losses,
+            "norms": norms,
+            "bytes": kept,
+            "state": engine.gather(),  # which lets frozen parameters go
+        }
     return results
 
 
@@ -116,12 +118,12 @@ def storages(tensors: list[torch.Tensor], seen: set[int]) -> int:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return ranks.run(f"{__name__}:train", 2, list(CASES))
+    return ranks.run(f"{__name__}:train", 2, TWO, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Any]:
-    return ranks.run(f"{__name__}:train", 1, ALONE)[0]
+    return ranks.run(f"{__name__}:train", 1, ONE, timeout=300)[0]
 
 
 def apart(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
@@ -131,22 +133,17 @@ def apart(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
     return loss, max((a["state"][n] - b["state"][n]).abs().max().item() for n in a["state"])
 
 
-@pytest.mark.parametrize("name", ["checkpointing", "checkpointing, all gathered"])
-def test_checkpointing_changes_no_number(two_ranks, name):
-    for mine in two_ranks:
-        # Sums over the units that one tensor feeds are taken in another order.
-        assert mine[name]["losses"][0] == mine["plain"]["losses"][0]
-        assert mine[name]["norms"] == pytest.approx(mine["plain"]["norms"], rel=1e-5)
-        loss, weight = apart(mine[name], mine["plain"])
+def test_checkpointing_changes_no_number(two_ranks, one_rank):
+    for mine in (*two_ranks, one_rank):
+        # Only sums over the units that one tensor feeds are taken in another order.
+        assert mine["checkpointing"]["losses"][0] == mine["plain"]["losses"][0]
+        assert mine["checkpointing"]["norms"] == pytest.approx(mine["plain"]["norms"], rel=1e-5)
+        loss, weight = apart(mine["checkpointing"], mine["plain"])
         print(f"measured: loss {loss:.2e}, weight {weight:.2e}")
         assert loss < 1e-6 and weight < 1e-5
 
 
-EXACT = ["optimizer on cpu", "all on cpu", "parameters on cpu", "not fused"]
-EXACT += ["stage 2 checkpointing", "stage 2 on cpu", "stage 0 checkpointing"]
-
-
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["all on cpu", "stage 2", "stage 0"])
 def test_fp32_options_follow_the_plain_run_to_rounding(two_ranks, name):
     for mine in two_ranks:
         loss, weight = apart(mine[name], mine["plain"])
@@ -154,39 +151,48 @@ def test_fp32_options_follow_the_plain_run_to_rounding(two_ranks, name):
         assert loss < 1e-5 and weight < 1e-4
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16 checkpointing on cpu", "fp16"])
-def test_half_precision_follows_fp32(two_ranks, name):
-    for mine in two_ranks:
-        loss, _ = apart(mine[name], mine["plain"])
+def test_fused_adamw_follows_the_other(one_rank):
+    loss, weight = apart(one_rank["not fused"], one_rank["plain"])
+    print(f"measured: loss {loss:.2e}, weight {weight:.2e}")
+    assert loss < 1e-5 and weight < 1e-4
+
+
+def test_half_precision_follows_fp32(two_ranks, one_rank):
+    """bf16 has 8 bits of mantissa, fp16 has 11: measured 0.013 and 0.001."""
+    for half, tolerance in ((two_ranks[0]["bf16"], 0.05), (one_rank["fp16"], 0.005)):
+        loss, _ = apart(half, one_rank["plain"])
         print(f"measured: loss {loss:.2e}")
-        assert 0 < loss < 0.05
+        assert 0 < loss < tolerance
 
 
-def test_checkpointing_changes_no_number_of_bf16_on_cpu(two_ranks):
-    for mine in two_ranks:
-        assert apart(mine["bf16 checkpointing on cpu"], mine["bf16"])[0] < 1e-3
-
-
-def test_frozen_parameters_stay_and_the_others_move(two_ranks):
+def test_an_overflow_of_fp16_lowers_the_scale_and_touches_nothing(one_rank):
     start = dict(tiny.task(OBJECTIVES).named_parameters())
-    for name in ("frozen", "frozen checkpointing"):
-        state = two_ranks[1][name]["state"]
-        assert state.keys() == start.keys()
-        for parameter, value in state.items():
-            moved = not torch.equal(value, start[parameter].detach())
-            assert moved != parameter.startswith(("model.trunk.unet", "model.text_encoder.blocks"))
-    loss, weight = apart(two_ranks[0]["frozen"], two_ranks[0]["frozen checkpointing"])
-    assert loss < 1e-6 and weight < 1e-5
+    assert one_rank["fp16 overflow"]["losses"] == [SCALE] * STEPS
+    for name, value in one_rank["fp16 overflow"]["state"].items():
+        # The masters come from the weights in fp16.
+        assert torch.equal(value, start[name].detach().half().float())
+
+
+def test_frozen_parameters_stay_and_the_others_move(two_ranks, one_rank):
+    start = dict(tiny.task(OBJECTIVES).named_parameters())
+    results = one_rank["frozen"], two_ranks[1]["frozen checkpointing"]
+    for result in results:
+        assert result["state"].keys() == start.keys()
+        for name, value in result["state"].items():
+            moved = not torch.equal(value, start[name].detach())
+            assert moved != name.startswith(tuple(FROZEN)), name
+    loss, weight = apart(*results)
+    print(f"measured: loss {loss:.2e}, weight {weight:.2e}")
+    assert loss < 1e-5 and weight < 1e-4
 
 
 def test_one_rank_follows_two(one_rank, two_ranks):
-    for name in ALONE:
-        loss, weight = apart(one_rank[name], two_ranks[0][name])
-        print(f"measured: {name}: loss {loss:.2e}, weight {weight:.2e}")
-        assert loss < (0.05 if "bf16" in name else 1e-5)
+    loss, weight = apart(one_rank["plain"], two_ranks[0]["plain"])
+    print(f"measured: loss {loss:.2e}, weight {weight:.2e}")
+    assert loss < 1e-5 and weight < 1e-4
 
 
-@pytest.mark.parametrize("name", ["plain", "bf16", "frozen", "checkpointing, all gathered"])
+@pytest.mark.parametrize("name", ["plain", "bf16", "frozen", "frozen checkpointing"])
 def test_the_plan_tells_the_state_of_a_rank(two_ranks, one_rank, name):
     """Within a tenth, as the issue asks; on both numbers of ranks."""
     config = CASES[name]
@@ -194,7 +200,7 @@ def test_the_plan_tells_the_state_of_a_rank(two_ranks, one_rank, name):
     freeze(task, config.get("freeze", ()))
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in task.parameters())
-    small = config.get("persist_parameters", 1000)
+    small = config.get("persist_parameters", SMALL)
     for world, result in ((2, two_ranks[0]), (1, one_rank)):
         if name not in result:
             continue

@@ -14,6 +14,7 @@ from pretrain.engine_config import EngineConfig
 from pretrain.guard import Refusal
 from pretrain.optim import OptimizerConfig
 from tests.support import ranks, tiny
+from tests.support.collectives import traced
 
 pytestmark = pytest.mark.distributed
 
@@ -179,16 +180,31 @@ def refuse_in_mid_step() -> dict:
 
 def two_good_steps() -> dict:
     engine = engine_of(micro=2)
-    for number in (0, 1):
-        step(engine, number)
-    return engine.gather()
+    with traced() as calls:
+        for number in (0, 1):
+            step(engine, number)
+    return {"end": engine.gather(), "calls": calls}
 
 
-def test_a_nan_in_the_second_micro_batch_leaves_no_trace():
-    undisturbed = ranks.run(f"{__name__}:two_good_steps", 2)[0]
+@pytest.fixture(scope="module")
+def undisturbed() -> list[dict]:
+    return ranks.run(f"{__name__}:two_good_steps", 2)
+
+
+def test_a_nan_in_the_second_micro_batch_leaves_no_trace(undisturbed):
     for result in ranks.run(f"{__name__}:refuse_in_mid_step", 2):
         assert result["why"] == "non-finite loss" and result["kept"]
-        assert largest(result["end"], undisturbed) == 0
+        assert largest(result["end"], undisturbed[0]["end"]) == 0
+
+
+def test_every_rank_makes_the_same_collectives_in_the_same_order(undisturbed):
+    """Else one waits for ever. Each rank draws its own captions and drops; both tasks run."""
+    one, two = (result["calls"] for result in undisturbed)
+    assert one == two
+    names = [name for name, _ in one]
+    print({name: names.count(name) for name in set(names)})
+    # The trace sees ZeRO's own: gathers of weights, and reductions of gradients.
+    assert names.count("_allgather_base_") > 20 and names.count("allreduce_") >= 4
 
 
 def refuse_another_model(folder: str) -> str:

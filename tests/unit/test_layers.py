@@ -23,7 +23,7 @@ LAYERS: dict[str, list[str]] = {
         "engine engine_config optim partitions parts guard",
         "mirror checkpoint evaluators/ tracking/ registry pyfunc_model",
         "run_config plan",
-        "train export summary encode encoders",
+        "train export ckpt_tools summary encode encoders",
         "commands/ __main__",
     ],
     "launcher": [

@@ -80,11 +80,11 @@ P, R = 1_000_000, 8
 @pytest.mark.parametrize(
     ("precision", "stage", "bytes_per_parameter"),
     [
-        # weights + gradients + (masters and) moments, each divided by R where its stage splits it
-        ("fp32", 0, 4 + 4 + 8),
-        ("fp32", 1, 4 + 4 + 8 / R),
-        ("fp32", 2, 4 + (4 + 8) / R),
-        ("fp32", 3, 16 / R),
+        # weights + gradients + masters and moments, each divided by R where its stage splits it
+        ("fp32", 0, 4 + 4 + 8),  # plain AdamW: the weights are the masters
+        ("fp32", 1, 4 + 4 + 12 / R),
+        ("fp32", 2, 4 + (4 + 12) / R),
+        ("fp32", 3, 20 / R),
         ("bf16", 0, 2 + 2 + 12),
         ("bf16", 1, 2 + 2 + 12 / R),
         ("bf16", 2, 2 + (2 + 12) / R),
@@ -99,12 +99,13 @@ def test_state_follows_the_closed_form(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_one_rank_nothing_is_divided(stage: int) -> None:
-    assert plan.state_bytes_per_rank(P, 1, "fp32", stage).total == 16 * P
+    expected = 20 if stage else 16
+    assert plan.state_bytes_per_rank(P, 1, "fp32", stage, persistent=P).total == expected * P
 
 
 def test_a_rest_is_padded_up() -> None:
-    assert plan.state_bytes_per_rank(3, 2, "fp32", 3).total == 6 + 6 + 12
-    assert plan.state_bytes_per_rank(1, 3, "fp32", 3).total == 2 + 2 + 3
+    assert plan.state_bytes_per_rank(3, 2, "fp32", 3).total == 6 + 6 + 18
+    assert plan.state_bytes_per_rank(1, 3, "fp32", 3).total == 2 + 2 + 4
 
 
 def test_moving_averages_lie_on_the_optimizers_partitions() -> None:
