@@ -210,8 +210,6 @@ class Checkpointer:
                     raise CheckpointError(f"{text}; the checkpoint before it is untouched")
                 if comm.is_main():
                     self._say(f"[ckpt]  WARNING: {text}; training goes on")
-            elif self._mirror is not None:
-                self._mirror.submit(save.folder, comm.rank(), comm.world_size())
         if self._mirror is not None:
             mirror = self._mirror
             for warning in mirror.finish(copies_seconds) if last else mirror.warnings():
@@ -314,23 +312,29 @@ class Checkpointer:
                 save.written.set()
             if rank == 0:
                 try:
-                    self._commit(save, state_facts(engine.partitions, copy, world), facts, world)
+                    state = state_facts(engine.partitions, copy, world)
+                    if not self._commit(save, state, facts, world):
+                        return
                 except BaseException as error:
                     save.error = save.error or f"rank {rank}: {error}"
                     raise
         except BaseException:  # reported by `finish`
             return
+        if self._mirror is not None:
+            # Now, not at the next save: an interval may be long, and this disk may be lost.
+            self._mirror.submit(save.folder, rank, world)
 
     def _commit(
         self, save: _Save, state: dict[str, Any], facts: Mapping[str, Any], world: int
-    ) -> None:
+    ) -> bool:
+        """Whether it was committed: not where another rank failed."""
         folder = save.folder
         files: dict[str, Any] = {}
         for rank in range(world):
             path = folder / RECEIPTS / f"rank-{rank:05d}.json"
             while not path.exists():
                 if save.aborted.wait(_POLL_SECONDS):
-                    return
+                    return False
             files |= json.loads(path.read_text(encoding="utf-8"))
         for name, content in ((STATE, state), ("run.json", facts)):
             storage.write_bytes(str(folder / name), _json(content))
@@ -344,6 +348,7 @@ class Checkpointer:
         storage.write_bytes(str(folder / MARKER), b"")
         _sync(folder)
         self._prune()
+        return True
 
     def _prune(self) -> None:
         found = self.committed()

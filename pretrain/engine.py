@@ -14,9 +14,11 @@ from pretrain.ema import Ema, EmaConfig
 from pretrain.engine_config import EngineConfig, accumulation, deepspeed_config
 from pretrain.errors import CheckpointError
 from pretrain.guard import GRADIENT, SCALE, Guard, GuardConfig, Refusal
-from pretrain.optim import OptimizerConfig, parameter_groups
+from pretrain.model.recompute import set_recompute
+from pretrain.optim import OptimizerConfig, build_optimizer
 from pretrain.partitions import Copy, Partitions
 from pretrain.parts import Parts
+from pretrain.profiling import phase
 from pretrain.types import Batch, StepOutput
 
 
@@ -77,14 +79,9 @@ class Engine:
         self.global_batch = global_batch
         self.accumulation = accumulation(config, global_batch, comm.world_size())
         self.guard = guard or Guard(GuardConfig(spike_z=None))
-        groups = parameter_groups(task, optimizer)
-        self._rate_scales = [group["rate_scale"] for group in groups]
-        adamw = torch.optim.AdamW(
-            groups,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-        )
+        set_recompute(task, config.activation_checkpointing)
+        adamw = build_optimizer(task, optimizer)
+        self._rate_scales = [group["rate_scale"] for group in adamw.param_groups]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -114,21 +111,25 @@ class Engine:
         outputs = []
         losses = []
         for done, micro in enumerate(batch.to(comm.device()).split(self.accumulation)):
-            output: StepOutput = self._engine(micro)
+            with phase("forward"):
+                output: StepOutput = self._engine(micro)
             loss = comm.mean(output.loss.detach())
             why = self.guard.judge(loss)
             if why:
                 self._drop_gradients(done)
                 return Refusal(why, loss)
-            self._engine.backward(output.loss)
-            self._engine.step()
+            with phase("backward"):
+                self._engine.backward(output.loss)
+            with phase("optimizer"):
+                self._engine.step()
             outputs.append(output)
             losses.append(loss)
         mean = sum(losses) / len(losses)
         if getattr(self._optimizer, "overflow", False):
             return Refusal(SCALE if self.config.precision == "fp16" else GRADIENT, mean)
         self.guard.accept(mean)
-        self.ema.update(samples + self.global_batch, self.global_batch)
+        with phase("moving averages"):
+            self.ema.update(samples + self.global_batch, self.global_batch)
         names = outputs[0].metrics
         metrics = {n: torch.stack([o.metrics[n] for o in outputs]).mean() for n in names}
         return StepOutput(metrics["loss"], metrics)

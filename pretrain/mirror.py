@@ -62,7 +62,7 @@ class Mirror:
             done = self._queue.all_tasks_done.wait_for(
                 lambda: not self._queue.unfinished_tasks, seconds
             )
-        late = [] if done else [f"the newest is not copied to {self.url} after {seconds:.0f} s"]
+        late = [] if done else [f"the newest is not copied to {self.url} after {seconds:g} s"]
         return self.warnings() + late
 
     def committed(self) -> list[str]:

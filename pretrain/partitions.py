@@ -93,8 +93,8 @@ class Partitions:
             )
         if any(not flat.numel() for flat in self.flats):
             raise ConfigError(
-                "engine.offload_optimizer=nvme leaves no state in memory, which moving averages "
-                "and checkpoints read; use cpu"
+                "engine: the optimizer's state is not in memory, where moving averages and "
+                "checkpoints read it; use offload_optimizer none or cpu"
             )
         for name, p in named.items():
             if not p.requires_grad:

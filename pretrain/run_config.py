@@ -107,6 +107,7 @@ class RunConfig(Config):
                 f"{self.training.global_batch}"
             )
         try:
+            self.optimizer.check_length(self.training.samples)
             check_objectives(self.objectives)
             check_evaluators(self.evaluators)
         except ConfigError as error:

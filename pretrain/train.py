@@ -6,6 +6,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from pretrain.encoders import check_encodings
 from pretrain.engine import Engine, init_distributed
 from pretrain.errors import DataError, NonFiniteError
 from pretrain.evaluators.base import Evaluator, Subject
+from pretrain.flops import measured_peak, mfu, peak_flops, sample_flops
 from pretrain.guard import SCALE, Guard, Refusal
 from pretrain.inference import Heads, new_model
+from pretrain.profiling import Profiler, phase
 from pretrain.progress import Display, Progress
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
 from pretrain.stop import REQUEUE_EXIT_CODE, Stop, Stopped
@@ -33,6 +37,7 @@ from pretrain.watchdog import Watchdog
 
 FINISHED = "_FINISHED"
 LEFT_OUT = "left_out.jsonl"
+_COPY_SECONDS = 15.0  # for copies of the last checkpoint, of the grace time after a signal
 
 
 def build_task(config: RunConfig, tokenizer: Tokenizer) -> PretrainTask:
@@ -42,8 +47,12 @@ def build_task(config: RunConfig, tokenizer: Tokenizer) -> PretrainTask:
     return PretrainTask(model, check_objectives(config.objectives), config.task, config.seed)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, profile: bool = False) -> int:
     """Run, or take up again, the training that ``config`` describes. Every rank calls it.
+
+    Args:
+        config: the run.
+        profile: also write a trace of a few steps to the folder profile of the run's output.
 
     Returns:
         The process's exit code: 0 when training is complete, 75 when a signal stopped it after a
@@ -58,13 +67,17 @@ def train(config: RunConfig) -> int:
     output = Path(config.output)
     with Watchdog(output, comm.rank(), comm.world_size(), config.watchdog) as watchdog:
         watchdog.beat("start", 0)
+        speed = Speed.of(config)  # before the process group: its pass on the meta device is no step
         init_distributed()
         stop.share(output / "control")
         if stop.agreed():
             return REQUEUE_EXIT_CODE
-        run = Run(config, stop, watchdog)
+        run = Run(config, stop, watchdog, speed)
         try:
-            return run.train()
+            with (
+                Profiler(output / "profile", comm.rank()) if profile else nullcontext() as profiler
+            ):
+                return run.train(profiler)
         finally:
             run.close()
 
@@ -76,9 +89,10 @@ class Run:
         config: the run.
         stop: whether it was asked to stop.
         watchdog: is told of every progress.
+        speed: what the hardware could do.
     """
 
-    def __init__(self, config: RunConfig, stop: Stop, watchdog: Watchdog) -> None:
+    def __init__(self, config: RunConfig, stop: Stop, watchdog: Watchdog, speed: "Speed") -> None:
         self.config, self.stop, self.watchdog = config, stop, watchdog
         self.output = Path(config.output)
         self.tokenizer = Tokenizer(config.data.tokenizer)
@@ -120,10 +134,10 @@ class Run:
             storage.write_bytes(str(path), json.dumps(config.resolved(), indent=1).encode())
             self.tracker.artifact(str(path))
         self.display = Display(config.training.samples, self.progress.samples)
-        self.meter = Meter(config, self.engine, self.tracker, self.display, self.progress)
+        self.meter = Meter(config, self.engine, self.tracker, self.display, self.progress, speed)
         self.status: Status = "failed"
 
-    def train(self) -> int:
+    def train(self, profiler: Profiler | None = None) -> int:
         """Every step that is left, then the last evaluation; the exit code."""
         progress, every = self.progress, self.config.checkpoint.every_samples
         total = self.config.training.samples
@@ -135,7 +149,11 @@ class Run:
                 return self._leave()
             began = time.monotonic()
             self.watchdog.beat("load", progress.samples)
-            self._step(next(batches), began)
+            with phase("data"):
+                batch = next(batches)
+            self._step(batch, began)
+            if profiler is not None:
+                profiler.step()
             if progress.bad_steps >= self.config.guard.bad_steps:
                 self._rewind()
                 batches = self._batches()
@@ -216,7 +234,7 @@ class Run:
         start = max(progress.samples, first_bad - guard.skip_before)
         progress.left_out = [*left_out, [start, stop]]
         progress.rewinds = rewinds + 1
-        self.meter.restart()
+        self.meter.rewind()
         self._note(start, stop, "left out after a rewind", float("nan"))
         self.display.say(
             f"[guard] {where} were bad: back to {progress.samples:,} samples, leaving out "
@@ -227,10 +245,9 @@ class Run:
         """Record samples that the model does not learn from."""
         if comm.is_main():
             line = {"samples": [start, stop], "why": why, "loss": loss}
-            with (self.output / LEFT_OUT).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            _append(self.output / LEFT_OUT, line, self.display.say)
 
-    def _save(self, last: bool = False) -> None:
+    def _save(self, last: bool = False, copies_seconds: float | None = None) -> None:
         self.watchdog.beat("save", self.progress.samples)
         progress = dataclasses.asdict(self.progress) | {"guard": self.guard.state_dict()}
         facts = {
@@ -241,13 +258,13 @@ class Run:
             "loader": self.loader.state_dict(),
             "metrics": self.meter.evaluated(),
         }
-        self.checkpointer.save(self.engine, self.progress.samples, facts, last)
+        self.checkpointer.save(self.engine, self.progress.samples, facts, last, copies_seconds)
         self.watchdog.beat("saved", self.progress.samples)
 
     def _leave(self) -> int:
         """Save what there is and end with the code that asks for a restart."""
         if self.progress.steps or self.progress.skipped:
-            self._save(last=True)
+            self._save(last=True, copies_seconds=_COPY_SECONDS)
         self.status = "preempted"
         return REQUEUE_EXIT_CODE
 
@@ -318,6 +335,31 @@ class Run:
             )
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a run's arithmetic needs and what its device could do.
+
+    Attributes:
+        flops_per_sample: of a training step, recomputation not counted.
+        peak: operations per second of one rank's device: by its data sheet, on a CPU measured.
+    """
+
+    flops_per_sample: float
+    peak: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Speed":
+        """Counted on the meta device; a CPU's peak is measured for half a second."""
+        vocab_size = Tokenizer(config.data.tokenizer).vocab_size
+        precision, device = config.engine.precision, comm.device()
+        peak = peak_flops(device, precision) or measured_peak(precision, device)
+        return cls(sum(sample_flops(config, vocab_size).values()), peak)
+
+    def mfu(self, images_per_second: float, ranks: int) -> float:
+        """Model FLOPs utilisation: flops per sample × images/s ÷ (ranks × peak)."""
+        return mfu(self.flops_per_sample, images_per_second, ranks, self.peak)
+
+
 class Meter:
     """What a run tells of itself: metrics, refusals, evaluations; to the tracker, the display and
     files."""
@@ -329,8 +371,9 @@ class Meter:
         tracker: Tracker,
         display: Display,
         progress: Progress,
+        speed: "Speed",
     ) -> None:
-        self.config, self.engine = config, engine
+        self.config, self.engine, self.speed = config, engine, speed
         self.tracker, self.display, self.progress = tracker, display, progress
         self.ledger = Ledger(Path(config.output), config.data.max_reject_rate, comm.rank())
         self.ledger.load_state_dict(progress.rejects)
@@ -342,6 +385,12 @@ class Meter:
         self._pending: list[dict[str, torch.Tensor]] = []
         self._seconds = 0.0
         self._samples = 0
+
+    def rewind(self) -> None:
+        """Go back to what `Progress` tells: samples that are read again are counted again."""
+        self.ledger.take()
+        self.ledger.load_state_dict(self.progress.rejects)
+        self.restart()
 
     def count(self, step: StepOutput | None, batch: Batch, seconds: float) -> None:
         """Keep a step's metrics on the device; nothing is synchronised before `log`."""
@@ -361,8 +410,10 @@ class Meter:
         self.ledger.merge(comm.gather_objects(self.ledger.take()))
         progress.rejects = self.ledger.state_dict()
         progress.seconds += self._seconds
+        images_per_second = self._samples / max(self._seconds, 1e-9)
         metrics |= {
-            "images_per_second": self._samples / max(self._seconds, 1e-9),
+            "images_per_second": images_per_second,
+            "mfu": self.speed.mfu(images_per_second, comm.world_size()),
             "lr": self.config.optimizer.rate(progress.samples, self.config.training.samples),
             "gradient_norm": self.engine.gradient_norm(),
             "steps_skipped": float(progress.skipped),
@@ -388,13 +439,21 @@ class Meter:
         self.display.say(f"[eval]  {samples:>9,} samples  {shown}")
         if comm.is_main():
             path = Path(self.config.output) / "evaluations.jsonl"
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"samples": samples, **metrics}) + "\n")
+            _append(path, {"samples": samples, **metrics}, self.display.say)
 
     def evaluated(self) -> dict[str, float]:
         """Metrics of evaluations made at this very state."""
         samples, metrics = self._evaluated
         return metrics if samples == self.progress.samples else {}
+
+
+def _append(path: Path, line: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """One line more; a full disk costs the line, not the run."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+    except OSError as error:
+        say(f"[train] WARNING: {str(path)!r} was not written: {error}")
 
 
 def evaluate(

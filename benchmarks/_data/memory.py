@@ -44,9 +44,12 @@ def repeat(few: Path, shards: int, folder: Path, url_folder: str | None = None) 
 
     real = Manifest.load(str(few))
     which = [number % len(real.shards) for number in range(shards)]
-    columns = {name: column[which].tolist() for name, column in real.shards.columns.items()}
-    for name in ("sha256", "version"):
-        columns[name] = [value.decode() for value in columns[name]]
+    columns = {
+        name: [column[number] for number in which]
+        if name in ("url", "sha256", "version")
+        else column[which].tolist()
+        for name, column in real.shards.columns.items()
+    }
     columns["url"] = [
         f"{url_folder}/{n:08d}.tar" if url_folder else real.url(i) for n, i in enumerate(which)
     ]

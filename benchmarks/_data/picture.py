@@ -1,5 +1,6 @@
 """The one decode that the limit and every peer call: what pretrain/data/samples.py asks of Pillow
-for a plain RGB JPEG, without its checks. tests/unit/data/test_benchmark.py holds the two together."""
+for a plain RGB JPEG, without its checks. (tests/unit/data/test_benchmark.py holds them together.)
+"""
 
 import io
 from typing import TYPE_CHECKING

@@ -15,6 +15,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, help="YAML file, such as configs/quickstart.yaml"
     )
     add_overrides(parser)
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace and a table of a few steps to RUN/profile, then train on",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     parser.add_argument(
         "--ranks", type=int, default=None, help="with --dry-run: number of ranks to plan for"
@@ -28,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = config.load(RunConfig, args.config, args.overrides)
     if args.dry_run:
-        print(plan.render(settings, args.ranks))
+        print(plan.render(settings, args.ranks, len(settings.ema.half_lives)))
         return 0
     from pretrain.train import train
 
-    return train(settings)
+    return train(settings, args.profile)

@@ -75,9 +75,7 @@ class ShardCache:
                 cannot hold it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Content is part of the name: a shard that was indexed anew is another entry.
-        text = f"{url}\n{bytes}\n{sha256}\n{unpack}"
-        entry = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.shard"
+        entry = self._path(_Wanted(url, bytes, sha256, unpack))
         part = entry.with_suffix(".part")
         length = None if unpack else bytes
         while True:
@@ -101,9 +99,21 @@ class ShardCache:
                 fcntl.flock(writer, fcntl.LOCK_UN)  # a forked child may hold a copy of it
                 os.close(writer)
 
+    def drop(self, descriptor: int, url: str, bytes: int, sha256: str | None, unpack: bool) -> None:
+        """Have the next `open` of these arguments download again, if the entry is still the file
+        ``descriptor``: for who found other bytes in it than were indexed."""
+        entry = self._path(_Wanted(url, bytes, sha256, unpack))
+        if _is_at(descriptor, entry):
+            entry.unlink(missing_ok=True)
+
     def close(self) -> None:
         """End downloads under way in other threads, with a DataError each, within a second."""
         self._stop.set()
+
+    def _path(self, wanted: "_Wanted") -> Path:
+        # Content is part of the name: a shard that was indexed anew is another entry.
+        text = "\n".join(map(str, wanted))
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.shard"
 
     def _claim(self, part: Path, url: str) -> int | None:
         """The ``.part`` of an entry, locked; None if another process ended with it meanwhile."""
@@ -125,9 +135,14 @@ class ShardCache:
         self._reserve(wanted.url, writer, wanted.bytes, wait=True)
         digest = hashlib.sha256()
         parts = storage.read_parts(wanted.url, wanted.bytes, self.retry, stop=self._stop)
-        stream = io.BufferedReader(_Hashed(parts, digest), 1 << 20)
         try:
-            self._copy(wanted, stream, writer)
+            if not wanted.unpack:
+                for data in parts:
+                    digest.update(data)
+                    self._write(writer, data)
+            else:
+                stream = io.BufferedReader(_Hashed(parts, digest), 1 << 20)
+                self._unpack(wanted, stream, writer)
         except _Damaged as error:
             while stream.read(1 << 20):
                 pass
@@ -136,7 +151,8 @@ class ShardCache:
         finally:
             parts.close()  # type: ignore[attr-defined]  # a generator: its threads end here
         storage.check_sha256(wanted.url, digest.hexdigest(), wanted.sha256)
-        os.fsync(writer)
+        # Not synced, which would take as long as the download: what a power cut tears is found by
+        # its samples' CRCs, and `drop` has it fetched again.
         found = os.open(part, os.O_RDONLY | os.O_CLOEXEC)  # before it may be evicted again
         try:
             os.replace(part, entry)
@@ -145,8 +161,8 @@ class ShardCache:
             raise
         return found
 
-    def _copy(self, wanted: "_Wanted", stream: Any, writer: int) -> None:
-        kind = compression(stream.peek(6)[:6]) if wanted.unpack else None
+    def _unpack(self, wanted: "_Wanted", stream: Any, writer: int) -> None:
+        kind = compression(stream.peek(6)[:6])
         source = OPENERS[kind](stream) if kind else stream
         written, reserved = 0, wanted.bytes
         # A tar is padded to 10 KiB: of a tiny one, the ratio says nothing.

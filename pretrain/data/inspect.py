@@ -205,7 +205,7 @@ def _token_lengths(tokenizer: Tokenizer, captions: list[str]) -> Numbers:
 def _drawn(manifest: Manifest, samples: int, seed: int) -> Numbers:
     """Numbers of rows in the member table, in random order."""
     draw = np.random.default_rng(derive_seed(seed, "inspect"))
-    packed = [i for i, u in enumerate(manifest.shards.columns["url"]) if is_packed(u.decode())]
+    packed = [i for i, u in enumerate(manifest.shards.columns["url"]) if is_packed(u)]
     if len(packed) > PACKED_SHARDS:
         # Fetching thousands of whole shards for a sample each is no sample any more.
         chosen = draw.permutation(np.flatnonzero(manifest.sizes))[:PACKED_SHARDS]

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pretrain.data import encoded
+from pretrain.data.manifest import give_back_memory
 from pretrain.data.order import rank_numbers
 from pretrain.data.slots import Slots
 from pretrain.data.source import DataConfig, Source
@@ -225,7 +226,7 @@ class Loader:
         if workers:
             # Imported once by the server that workers are forked from, not by each worker.
             multiprocessing.set_forkserver_preload(["pretrain.data.loader"])
-        batches = DataLoader(
+        loader = DataLoader(
             self._steps,
             sampler=schedule,
             batch_size=None,
@@ -238,6 +239,8 @@ class Loader:
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
+        batches = iter(loader)
+        give_back_memory()  # the source as it was sent to the workers
         for made in batches:
             if isinstance(made, PretrainError):
                 raise made
@@ -256,12 +259,13 @@ class Loader:
         self.next_sample = int(state["next_sample"])
 
 
-def _as_it_is(made: _Made | PretrainError) -> _Made | PretrainError:
+def _as_it_is(made: Any) -> Any:
     return made  # torch's own would make tensors of the arrays
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    give_back_memory()
     gc.freeze()  # what was imported stays: the collector need not walk it again and again
     # A scheduler signals the whole process group; the rank decides when its workers end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -2,10 +2,12 @@
 over it, and beside it lies the member table that opens any sample with one ranged read.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain import storage
+from pretrain.data.strings import Strings
 from pretrain.errors import DataError
 
 SCHEMA = 2
@@ -76,7 +79,12 @@ class Shard:
 
 
 class Shards(Sequence[Shard]):
-    """Shards held as columns, some 200 bytes each: every worker keeps all of a manifest."""
+    """Shards held as columns, 50 to 100 bytes each: every worker keeps all of a manifest.
+
+    Attributes:
+        columns: by field; text as `Strings`, numbers as arrays, aspects as an array (shards,
+            aspects). All but ``samples`` are of the least integers that hold them.
+    """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         held = list(shards)
@@ -96,14 +104,12 @@ class Shards(Sequence[Shard]):
         return made
 
     def _fill(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        text = {n: np.array([v.encode() for v in columns[n]], dtype="S") for n in _TEXT}
+        text = {n: Strings(columns[n]) for n in _TEXT}
         numbers = {n: np.array(columns[n], dtype=np.int64) for n in _NUMBERS}
-        aspects = [tuple(a) or (0,) * len(ASPECTS) for a in columns["aspects"]]
-        self.columns = {
-            **text,
-            **numbers,
-            "aspects": np.array(aspects, dtype=np.uint32).reshape(len(aspects), len(ASPECTS)),
-        }
+        rows = [tuple(a) or (0,) * len(ASPECTS) for a in columns["aspects"]]
+        aspects = np.array(rows, dtype=np.int64).reshape(len(rows), len(ASPECTS))
+        least = {n: _least(numbers[n]) for n in ("bytes", "unpacked")}
+        self.columns: dict[str, Any] = {**text, **numbers, **least, "aspects": _least(aspects)}
 
     def __len__(self) -> int:
         return len(self.columns["samples"])
@@ -113,13 +119,13 @@ class Shards(Sequence[Shard]):
             return [self[i] for i in range(*number.indices(len(self)))]
         c = self.columns
         return Shard(
-            url=c["url"][number].decode(),
+            url=c["url"][number],
             samples=int(c["samples"][number]),
             bytes=int(c["bytes"][number]),
-            sha256=c["sha256"][number].decode(),
+            sha256=c["sha256"][number],
             aspects=tuple(c["aspects"][number].tolist()),
             unpacked=int(c["unpacked"][number]),
-            version=c["version"][number].decode(),
+            version=c["version"][number],
         )
 
     def __eq__(self, other: object) -> bool:
@@ -162,18 +168,26 @@ class Manifest:
         """SHA-256 over the shards' hashes in order: two manifests of equal fingerprint number
         samples alike."""
         hashes, sizes = self.shards.columns["sha256"], self.sizes
-        text = b"\n".join(b"%s %d" % pair for pair in zip(hashes, sizes.tolist(), strict=True))
-        return hashlib.sha256(text).hexdigest()
+        digest, separator = hashlib.sha256(), ""
+        for sha256, samples in zip(hashes, sizes.tolist(), strict=True):
+            digest.update(f"{separator}{sha256} {samples}".encode())
+            separator = "\n"
+        return digest.hexdigest()
 
     def url(self, number: int) -> str:
         """Where shard ``number`` is."""
-        url = self.shards.columns["url"][number].decode()
+        url: str = self.shards.columns["url"][number]
         absolute = "://" in url or url.startswith("/")
         return url if absolute else storage.join(self.folder, url)
 
     @classmethod
-    def load(cls, url: str, retry: storage.Retry | None = None) -> "Manifest":
+    def load(
+        cls, url: str, retry: storage.Retry | None = None, *, versions: bool = True
+    ) -> "Manifest":
         """Read a manifest, local or remote.
+
+        Args:
+            versions: keep the shards' versions, which only `data index` looks at.
 
         Raises:
             DataError: it is missing, not a manifest, or lists no sample.
@@ -187,7 +201,10 @@ class Manifest:
                     f"manifest={url!r} has schema {tree['schema']!r}, this version reads "
                     f"{SCHEMA}; {REMEDY}"
                 )
-            shards = Shards.of_columns(tree["shards"])
+            columns = tree["shards"]
+            if not versions:
+                columns["version"] = [""] * len(columns["url"])
+            shards = Shards.of_columns(columns)
             made = cls(shards, folder_of(url), members_of(url))
             empty = not made.num_samples
         except FileNotFoundError:
@@ -202,12 +219,25 @@ class Manifest:
         """Write as JSON, whole or not at all: a column a field, so that 100,000 shards load in a
         second."""
         held = self.shards.columns
-        columns: dict[str, list[Any]] = {n: [v.decode() for v in held[n].tolist()] for n in _TEXT}
+        columns: dict[str, list[Any]] = {n: list(held[n]) for n in _TEXT}
         columns |= {n: held[n].tolist() for n in _NUMBERS}
         columns["aspects"] = [a if any(a) else () for a in held["aspects"].tolist()]
         lines = ",\n".join(f'  "{name}": {json.dumps(values)}' for name, values in columns.items())
         text = f'{{\n "schema": {SCHEMA},\n "shards": {{\n{lines}\n }}\n}}\n'
         storage.write_bytes(url, text.encode())
+
+
+def give_back_memory() -> None:
+    """What was parsed or unpickled and is gone, to the system: the C library keeps up to 64 MB of
+    it, of 100,000 shards 20 MB in every process."""
+    with suppress(OSError, AttributeError):  # not of every C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _least(values: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """The same numbers, as integers of no more bytes than they need."""
+    lowest, highest = int(values.min(initial=0)), int(values.max(initial=0))
+    return values.astype(np.promote_types(np.min_scalar_type(lowest), np.min_scalar_type(highest)))
 
 
 def members_of(manifest_url: str) -> str:

@@ -89,7 +89,7 @@ class EpochOrder:
         window: int | None = 16_384,
         resample: bool = False,
     ) -> None:
-        self.sizes: I64 = np.array(sizes, dtype=np.int64).reshape(-1)
+        self.sizes: I64 = np.asarray(sizes, dtype=np.int64).reshape(-1)  # the manifest's own
         self.seed, self.window, self.resample = seed, window, resample
         self._filled = np.flatnonzero(self.sizes)
         self.num_samples = int(self.sizes.sum())

@@ -122,10 +122,10 @@ class MemberTable:
     def extents(self, shards: Sequence[int], indices: Sequence[int]) -> list[tuple[int, int, int]]:
         """(offset, bytes, CRC) of samples of shards, all looked up at once."""
         if self._local is None:
-            found = [self.rows(s)[i] for s, i in zip(shards, indices, strict=True)]
+            rows = [self.rows(s)[i].item() for s, i in zip(shards, indices, strict=True)]
         else:
-            found = self._local[self.manifest.starts[np.array(shards)] + indices]
-        return [row[:3] for row in map(np.void.item, found)]
+            rows = self._local[self.manifest.starts[np.array(shards)] + indices].tolist()
+        return [row[:3] for row in rows]
 
 
 class ShardReader:
@@ -190,6 +190,8 @@ class ShardReader:
         url = self.manifests[place[0]].url(place[1])
         try:
             data = self._bytes(place, offset, length)
+            if zlib.crc32(data) != crc32 and self._drop(place):
+                data = self._bytes(place, offset, length)
             if zlib.crc32(data) != crc32:
                 self._forget(place)
                 raise UnreadableShard(
@@ -209,7 +211,7 @@ class ShardReader:
             any(
                 storage.is_remote(m.folder)
                 or bool(m.shards.columns["unpacked"].any())
-                or any(b"://" in url for url in m.shards.columns["url"][:1])
+                or any("://" in url for url in m.shards.columns["url"][:1])
                 for m in self.manifests
             )
             and self.config.access != "ranged"
@@ -295,6 +297,17 @@ class ShardReader:
                 url,
             )
         return descriptor
+
+    def _drop(self, place: tuple[int, int]) -> bool:
+        """Have a shard of the cache fetched again: a power cut may have torn the file, which was
+        not synced, and the store has it whole. False where it is no file of the cache."""
+        descriptor = self._files.get(place)
+        if descriptor is None or not self._cached(place):
+            return False
+        url, entry = self._entry(place)
+        self.cache.drop(descriptor, url, entry.bytes, entry.sha256, bool(entry.unpacked))
+        self._forget(place)
+        return True
 
     def _forget(self, place: tuple[int, int]) -> None:
         descriptor = self._files.pop(place, None)

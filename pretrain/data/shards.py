@@ -125,7 +125,9 @@ def read_sample(
 def _plain_sample(url: str, data: bytes, bounds: MemberBounds) -> RawSample | None:
     """The sample of a run without anything odd, in a fifth of the time; None: to be looked at
     closely."""
-    at, key, files = 0, None, {}
+    at = 0
+    key: bytes | None = None
+    files: dict[str, bytes] = {}
     while at < len(data):
         name = _PLAIN_NAME.match(data, at, at + 100)
         head = data[at : at + BLOCK]

@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain import storage
 from pretrain.config import Config
 from pretrain.data import encoded
-from pretrain.data.manifest import ASPECTS, Manifest
+from pretrain.data.manifest import ASPECTS, Manifest, give_back_memory
 from pretrain.data.order import Buckets, EpochOrder, Mixture
 from pretrain.data.reader import Read, ReadConfig, ShardReader
 from pretrain.data.samples import (
@@ -222,7 +222,10 @@ class Source:
         self.config, self.seed = config, seed
         listed = config.train
         sources = [SourceConfig(manifest=listed, epochs=1)] if isinstance(listed, str) else listed
-        self.manifests = [Manifest.load(s.manifest, config.read.retry) for s in sources]
+        self.manifests = [
+            Manifest.load(s.manifest, config.read.retry, versions=False) for s in sources
+        ]
+        give_back_memory()
         self.mixture: Mixture | None = None
         self.buckets: Buckets | None = None
         if config.bucket_group:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.parts import Parts
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,30 +91,12 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def states(output: Path) -> dict[str, torch.Tensor]:
-    """fp32 masters and both moments of each rank in the last checkpoint, without padding.
-
-    ZeRO-3 cuts a parameter of n elements into two parts of ceil(n / 2). What pads the last part is
-    memory that nobody set, so it is no state; it is left out.
-    """
+    """fp32 weights and both moments of every parameter in the last checkpoint."""
     folder = output / "checkpoints" / f"samples-{STEPS * BATCH:012d}"
     assert (folder / "COMMITTED").exists()
-    found = {}
-    for rank in range(2):
-        prefix = str(folder / "engine" / f"zero_pp_rank_{rank}_mp_rank_00_")
-        shapes = torch.load(prefix + "model_states.pt", weights_only=False)["param_shapes"]
-        saved = torch.load(prefix + "optim_states.pt", weights_only=False)["optimizer_state_dict"]
-        moments = saved["optimizer_state_dict"]["state"]
-        for group, names in enumerate(shapes):
-            tensors = {"master": saved["fp32_flat_groups"][group], **moments[group]}
-            start = 0
-            for name, shape in names.items():
-                part = -(-shape.numel() // 2)
-                own = part if rank == 0 else shape.numel() - part
-                for kind in ("master", "exp_avg", "exp_avg_sq"):
-                    key = f"{rank}/{name}/{kind}"
-                    found[key] = tensors[kind].detach()[start : start + own]
-                start += part
-    return found
+    parts = Parts(folder)
+    assert parts.kinds == ["exp_avg", "exp_avg_sq", "weights"] and parts.steps == STEPS
+    return {f"{k}/{n}": parts.whole(k, n) for k in parts.kinds for n in parts.shapes}
 
 
 def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path):

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -26,9 +26,9 @@ from torch import Tensor
 from pretrain.parts import Parts
 from tests.support import ranks
 
-STEPS, BATCH, EVERY = 16, 16, 64
+STEPS, BATCH, EVERY = 12, 16, 48
 SAMPLES = STEPS * BATCH
-# A checkpoint every 4 steps, an evaluation in mid-run and one at the end, an average.
+# A checkpoint every 3 steps, an evaluation in mid-run and one at the end, an average.
 SETTINGS = (
     f"training.samples={SAMPLES}",
     f"checkpoint.every_samples={EVERY}",
@@ -50,8 +50,9 @@ class Fault:
 
     Attributes:
         place: a phase of the watchdog's ("start", "resume", "load", "step", "evaluate", "save",
-            "saved"); "forward", in mid-step; or "write", in the thread that writes a checkpoint.
-        number: of the signal.
+            "saved"); "forward", in mid-step; or "write", in the thread that writes a checkpoint,
+            its files there and its receipt not.
+        number: of the signal; 0 waits there until `Attempt.go_on` instead.
         rank: that is hit.
         samples: into the run, at least.
     """
@@ -80,6 +81,7 @@ class Attempt:
         settings: over SETTINGS.
         faults, losses: what befalls it.
         left_out: samples [start, stop) that it leaves out from the start.
+        environment: variables of the ranks.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Attempt:
         faults: Sequence[Fault] = (),
         losses: Sequence[Loss] = (),
         left_out: Sequence[list[int]] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.world = folder, world
         number = len(list(folder.parent.glob(f"{folder.name}.attempt-*")))
@@ -106,6 +109,7 @@ class Attempt:
             tuple(losses),
             tuple(left_out),
             str(self.own),
+            dict(environment or {}),
         )
 
     def codes(self, timeout: float = 120) -> list[int]:
@@ -121,6 +125,22 @@ class Attempt:
         self.kill()
         assert None not in codes, f"still going after {timeout} s: {codes}\n{self.text()}"
         return [code for code in codes if code is not None]
+
+    def wait_for(self, path: Path, seconds: float = 120) -> None:
+        """Until ``path`` is there; the ranks must be under way."""
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            alive = all(process.exitcode is None for process in self.processes)
+            assert alive and time.monotonic() < deadline, f"{path}\n{self.text()}"
+            time.sleep(0.02)
+
+    def wait_at(self, fault: Fault) -> None:
+        """Until the ranks wait at a fault whose number is 0."""
+        self.wait_for(self.own / f"waits-{fault.samples}")
+
+    def go_on(self, fault: Fault) -> None:
+        """Let them go on."""
+        (self.own / f"go-{fault.samples}").touch()
 
     def kill(self) -> None:
         """End what is left."""
@@ -212,6 +232,7 @@ def attempt(
     losses: tuple[Loss, ...],
     left_out: tuple[list[int], ...],
     own: str,
+    environment: dict[str, str],
 ) -> None:
     """As `python -m pretrain train`, with what befalls it."""
     from pretrain import comm, config, stop
@@ -220,6 +241,7 @@ def attempt(
     from pretrain.run_config import RunConfig
     from pretrain.train import train
 
+    os.environ.update(environment)
     stop.install(stop.GIVE_UP_SECONDS)
     stop.tolerate_closed_output()
     rank = comm.rank()
@@ -254,7 +276,12 @@ def _befall(faults: list[Fault], own: Path) -> None:
             if fault.place == place and samples >= fault.samples:
                 waiting.remove(fault)
                 (own / "hit").write_text(str(time.monotonic()))
-                os.kill(os.getpid(), fault.number)
+                if fault.number:
+                    os.kill(os.getpid(), fault.number)
+                    continue
+                (own / f"waits-{fault.samples}").touch()
+                while not (own / f"go-{fault.samples}").exists():
+                    time.sleep(0.02)
 
     real_beat, real_forward = Watchdog.beat, PretrainTask.forward
     real_write = checkpoint.write_part
@@ -323,9 +350,9 @@ def _leave_out(spans: list[list[int]]) -> None:
 
     real = Run.train
 
-    def train(self: Run) -> int:
+    def train(self: Run, *arguments: Any) -> int:
         self.progress.left_out = spans
-        return real(self)
+        return real(self, *arguments)
 
     Run.train = train  # type: ignore[method-assign]
 

@@ -125,7 +125,7 @@ def test_going_back_in_memory_takes_the_last_saved_state(checkpointer):
     engine = PlainEngine(seed=1, half_lives=(16,))
     assert checkpointer.rewind(engine) is None
     engine.step()
-    checkpointer.save(engine, 8, {"progress": 8})
+    checkpointer.save(engine, 8, {"progress": 8}, last=True)
     before = engine.state()
     engine.step()
     shutil.rmtree(checkpointer.folder)  # memory alone can give it back

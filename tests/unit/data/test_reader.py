@@ -154,3 +154,61 @@ def test_shards_come_into_the_cache_ahead_of_their_use(tmp_path: Path) -> None:
     storage.write_bytes("memory://ahead/0.tar", b"gone")
     raw, _ = r.read(0, 0, 1)
     assert raw is not None and raw.key == "b"
+
+
+def test_a_file_of_the_cache_that_a_power_cut_tore_is_fetched_again(tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "0.tar", [*good("a"), *good("b")])
+    storage.write_bytes("memory://torn/0.tar", Path(local).read_bytes())
+    indexer.build(["memory://torn/0.tar"], "memory://torn/m.json")
+    cache = tmp_path / "cache"
+
+    def rank() -> ShardReader:
+        return reader("memory://torn/m.json", cache=str(cache))
+
+    first = rank()
+    assert first.read(0, 0, 0)[0] is not None
+    (entry,) = cache.glob("*.shard")
+    with entry.open("r+b") as stream:
+        stream.write(bytes(entry.stat().st_size))  # as long as it was, of nothing but zeros
+    others = [rank(), rank()]
+    for other in others:
+        other._file((0, 0))  # both have the torn file open
+    torn, fetched = os.stat(entry).st_ino, set()
+    for other in others:
+        raw, _ = other.read(0, 0, 1)
+        assert raw is not None and raw.key == "b"
+        inode = os.stat(entry).st_ino
+        assert inode != torn
+        fetched.add(inode)
+    assert len(fetched) == 1  # the second found what the first had fetched
+
+
+def test_a_sample_that_is_not_the_indexed_one_is_fetched_again_once_and_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = write_tar(tmp_path / "0.tar", [*good("a"), *good("b")])
+    storage.write_bytes("memory://wrong/0.tar", Path(local).read_bytes())
+    indexer.build(["memory://wrong/0.tar"], "memory://wrong/m.json")
+    table = bytearray(storage.read_bytes("memory://wrong/m.members"))
+    table[12] ^= 1  # the first sample's CRC
+    storage.write_bytes("memory://wrong/m.members", bytes(table))
+    r = reader("memory://wrong/m.json", cache=str(tmp_path / "cache"))
+    fetched = []
+    parts = storage.read_parts
+    monkeypatch.setattr(storage, "read_parts", lambda *a, **k: fetched.append(1) or parts(*a, **k))
+    for _ in range(2):
+        with pytest.raises(UnreadableShard, match="other bytes than were indexed"):
+            r.read(0, 0, 0)
+    assert len(fetched) == 2
+
+
+def test_many_read_together_are_those_read_one_by_one(
+    corpus: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = reader(corpus([3, 2, 4]))
+    places = [(0, 2, 3), (0, 0, 0), (0, 1, 1), (0, 2, 0), (0, 2, 3)]
+    expected = [r.read(*place) for place in places]
+    for together in (1, 3000, 1 << 20):
+        monkeypatch.setattr("pretrain.data.reader.TOGETHER_BYTES", together)
+        assert list(r.read_many(places)) == expected
+    assert list(r.read_many([])) == []

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
+from pretrain.data import shards
 from pretrain.data.samples import Bounds, Refused, decode
 from pretrain.data.shards import (
     BLOCK,
@@ -385,3 +386,36 @@ def end_of_whole(shard: str) -> int:
         for member in iter_members(stream, BOUNDS):
             end = member.end
     return end
+
+
+@pytest.mark.parametrize("name", ["k.png", "a/b-c_d/k9.PNG", "k", ".k.png", "a.b/k.png", "k.a.png"])
+@pytest.mark.parametrize("change", ["none", "cut", "sum", "twice", "other key", "small bound"])
+def test_the_short_way_to_a_plain_sample_ends_where_the_long_way_does(
+    name: str, change: str
+) -> None:
+    names = {"twice": [name, name], "other key": [name, "z.txt"]}.get(change, [name])
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for each in names:
+            info = tarfile.TarInfo(each)
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes(range(250)) * 2 + bytes(200)))
+    data = bytearray(stream.getvalue()[: 1536 * len(names)])
+    if change == "cut":
+        del data[-513:]
+    if change == "sum":
+        data[110] ^= 1
+    bounds = MemberBounds(600 if change == "small bound" else 1000, 4)
+
+    def outcome(short: bool) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            if not short:
+                patch.setattr(shards, "_plain_sample", lambda *_: None)
+            try:
+                return shards.read_sample("u", bytes(data), bounds)
+            except DataError as error:
+                return str(error)
+
+    assert outcome(True) == outcome(False)
+    plain = name in ("k.png", "a/b-c_d/k9.PNG") and change == "none"
+    assert (shards._plain_sample("u", bytes(data), bounds) is not None) == plain
