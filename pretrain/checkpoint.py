@@ -257,13 +257,15 @@ class Checkpointer:
         """
         if self._mirror is not None:
             self._mirror.bring(self.folder)
-        found = comm.broadcast_object(self.committed() if comm.is_main() else None)
+        found: list[Checkpoint] = comm.broadcast_object(
+            self.committed() if comm.is_main() else None
+        )
         for checkpoint in reversed(found):
             problem = self._damage(checkpoint.folder)
             if problem is None:
                 check(checkpoint)
                 engine.load(Parts(checkpoint.folder))
-                return checkpoint  # type: ignore[no-any-return]
+                return checkpoint
             text = f"checkpoint={str(checkpoint.folder)!r} is damaged: {problem}"
             if self.config.on_damage == "stop":
                 raise CheckpointError(

@@ -8,7 +8,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -198,7 +200,7 @@ def convert(checkpoint: Checkpoint, to: str | Path, ranks: int) -> Path:
     if problem:
         raise CheckpointError(f"checkpoint={str(checkpoint.folder)!r} is damaged: {problem}")
     parts = Parts(checkpoint.folder)
-    files = {}
+    files: dict[str, Any] = {}
     (target / RECEIPTS).mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
         mine = {}
@@ -237,7 +239,7 @@ def _entries(parts: Parts, kind: str, rank: int, ranks: int) -> Iterator[Entry]:
                 name,
                 torch.float32,
                 (stop - start,),
-                lambda name=name, start=start, stop=stop: parts.read(kind, name, start, stop),
+                partial(parts.read, kind, name, start, stop),
             )
 
 

@@ -103,7 +103,7 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     _, state = task.model.portable()
-    entries = [Entry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in state.items()]
+    entries = [Entry.of(name, tensor) for name, tensor in state.items()]
     write(temporary / "model.safetensors", entries, {"format": "pt"})
     storage.write_bytes(
         str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)

@@ -98,9 +98,11 @@ class Partitions:
             )
         for name, p in named.items():
             if not p.requires_grad:
-                whole = not hasattr(p, "ds_tensor")
-                tensor = (p.data if whole else p.ds_tensor.data).view(-1)
-                start, stop = (0, p.numel()) if whole else even_part(p.ds_numel, rank, world)  # type: ignore[attr-defined]
+                part = getattr(p, "ds_tensor", None)  # of ZeRO-3
+                whole = part is None
+                tensor = (p.data if part is None else part.data).view(-1)
+                numel = torch.Size(self.shapes[name]).numel()
+                start, stop = (0, numel) if whole else even_part(numel, rank, world)
                 self.pieces.append(
                     Piece(name, start, stop, len(self.flats) + len(self.frozen), 0, whole)
                 )

@@ -48,9 +48,7 @@ def write_part(
                 continue  # frozen: it has weights alone
             inner = slice(start - piece.start, stop - piece.start)
             tensor = piece.of(flats)[inner]
-            entries.append(
-                Entry(piece.name, torch.float32, (stop - start,), lambda t=tensor: t.float())
-            )
+            entries.append(Entry(piece.name, torch.float32, (stop - start,), tensor.float))
             starts[piece.name] = start
         even = partitions.even or partitions.replicated
         metadata = {} if even else {_STARTS: json.dumps(starts)}

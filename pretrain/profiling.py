@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def _phases(averages: Any) -> list[str]:
     seconds = {
         e.key.removeprefix(PHASE): e.cpu_time_total / 1e6
         for e in averages
-        if e.key.startswith(PHASE) and e.device_type == torch.autograd.DeviceType.CPU
+        if e.key.startswith(PHASE) and e.device_type == DeviceType.CPU
     }
     seconds["other"] = total - sum(seconds.values())
     rows = [f"{count} steps, {total:.3f} s on this process's clock"]

@@ -39,6 +39,11 @@ class Entry:
     shape: tuple[int, ...]
     tensor: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Entry":
+        """A tensor that is there already."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), tensor.detach)
+
     @property
     def bytes(self) -> int:
         """Its size in the file."""
@@ -93,7 +98,7 @@ def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> 
                         f"{entry.shape}"
                     )
                 if tensor.numel():
-                    put(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                    put(tensor.view(-1).view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
     except BaseException:

@@ -402,7 +402,8 @@ def test_full_disk(reference, small_disk):
         attempt.go_on(holds[0])
         attempt.wait_at(holds[1])
         checkpoints = output / "checkpoints"
-        assert [p.name for p in checkpoints.iterdir()] == [f"samples-{EVERY:012d}"]
+        whole = [p.parent.name for p in checkpoints.glob("*/COMMITTED")]
+        assert whole == [f"samples-{EVERY:012d}"]
         filler.unlink()
         attempt.go_on(holds[1])
         attempt.wait_for(checkpoints / f"samples-{3 * EVERY:012d}" / "COMMITTED")

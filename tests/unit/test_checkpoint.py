@@ -303,7 +303,7 @@ def test_when_all_are_damaged_a_run_does_not_start_anew_in_silence(checkpointer)
     save(checkpointer, 4, 8)
     for samples in (4, 8):
         flip(folder_of(checkpointer, samples) / WEIGHTS)
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         restore(checkpointer)
 
 

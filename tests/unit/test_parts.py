@@ -1,5 +1,6 @@
-"""Parts of a checkpoint: written by some ranks, read by others; the stream writer of safetensors."""
+"""Parts of a checkpoint, written by some ranks and read by others; the stream of safetensors."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_another_format_is_refused(tmp_path):
 def test_even_parts_cover_everything_once(numel, world):
     cuts = [even_part(numel, rank, world) for rank in range(world)]
     assert cuts[0][0] == 0 and cuts[-1][1] == numel
-    assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
