@@ -35,7 +35,7 @@ SETTINGS = (
     "checkpoint.keep=3",
     "ema.half_lives=[64]",
     "data.workers=0",
-    "evaluators={validation: {global_batch: 32, repeats: 1, every_samples: 112, at_start: false}, "
+    "evaluators={validation: {global_batch: 96, repeats: 1, every_samples: 112, at_start: false}, "
     "zero_shot: null, retrieval: null, samples: null}",
     # (see tests/distributed/test_engine.py for eps: without it the number of ranks shows at once)
     "optimizer.eps=1.0e-5",
@@ -163,6 +163,11 @@ class Attempt:
     def steps(self) -> list[dict[str, Any]]:
         """What was learned from: {"samples", "positions", "loss"} of each step, all ranks'
         positions together; a step that a rank did not finish is not there."""
+        return [entry for entry in self.diary() if "loss" in entry]
+
+    def diary(self) -> list[dict[str, Any]]:
+        """`steps`, and an entry without a loss where a saved state was taken up: at the start, or
+        in a rewind."""
         diaries = []
         for rank in range(self.world):
             path = self.own / f"diary-{rank}.jsonl"
@@ -182,17 +187,15 @@ def resume_until_done(folder: Path, world: int, *settings: str) -> Attempt:
 
 
 def trajectory(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
-    """The steps that the final weights come from: of each attempt those before the state that the
-    next one took up. What a dead run had learned after its last checkpoint died with it."""
+    """The steps that the final weights come from. What a run had learned after the state that was
+    taken up next is not among them: it died with it."""
     kept: list[dict[str, Any]] = []
     for attempt in attempts:
-        steps = attempt.steps()
-        if steps:
-            kept = [s for s in kept if s["samples"] < steps[0]["samples"]]
-        # A rewind goes back within an attempt.
-        for step in steps:
-            kept = [s for s in kept if s["samples"] < step["samples"]]
-            kept.append(step)
+        for entry in attempt.diary():
+            if "loss" in entry:
+                kept.append(entry)
+            else:
+                kept = [step for step in kept if step["samples"] < entry["samples"]]
     return kept
 
 
@@ -327,8 +330,21 @@ def _spoil(losses: tuple[Loss, ...]) -> None:
 def _keep_diary(path: Path) -> None:
     from pretrain.engine import Engine
     from pretrain.guard import Refusal
+    from pretrain.train import Run
 
-    real = Engine.step
+    real, real_rewind, real_resume = Engine.step, Run._rewind, Run._resume
+
+    def write(entry: dict[str, Any]) -> None:
+        with path.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+    def rewind(self: Run) -> None:
+        real_rewind(self)
+        write({"samples": self.progress.samples, "positions": []})
+
+    def resume(self: Run) -> None:
+        real_resume(self)
+        write({"samples": self.progress.samples, "positions": []})
 
     def step(self: Engine, batch: Any, lr: float, samples: int = 0) -> Any:
         result = real(self, batch, lr, samples)
@@ -338,11 +354,12 @@ def _keep_diary(path: Path) -> None:
                 "positions": batch.positions_B.tolist(),
                 "loss": self.guard.state_dict()[-1],
             }
-            with path.open("a") as stream:
-                stream.write(json.dumps(entry) + "\n")
+            write(entry)
         return result
 
     Engine.step = step  # type: ignore[method-assign]
+    Run._rewind = rewind  # type: ignore[method-assign]
+    Run._resume = resume  # type: ignore[method-assign]
 
 
 def _leave_out(spans: list[list[int]]) -> None:
