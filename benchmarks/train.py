@@ -101,7 +101,11 @@ def saves(args: argparse.Namespace, report: dict[str, Any]) -> list[tuple[bool, 
 
 def memory(args: argparse.Namespace, report: dict[str, Any]) -> list[tuple[bool, str]]:
     """Bytes of state on one rank and on each of two, with the plan's beside them."""
-    more = ("ema.half_lives=[2000]", "engine.persist_parameters=0")
+    more = (
+        "ema.half_lives=[2000]",
+        "engine.persist_parameters=0",
+        "engine.cut_for_one=true",
+    )
     found = {n: run(args, "trainer", n, more, warm_up=1, steps=1) for n in (1, 2)}
     report["memory"] = found
     print(

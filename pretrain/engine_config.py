@@ -21,6 +21,8 @@ class EngineConfig(Config):
             case. fp16 scales its loss (below).
         zero_stage: 3 partitions parameters, gradients and optimizer state; 0 replicates all (for
             comparison).
+        cut_for_one: keep ``zero_stage`` on one rank too, where there is nothing to spread and its
+            hooks cost a third of a step; for comparison.
         micro_batch: samples of one rank in one forward pass.
         activation_checkpointing: recompute the inside of each block in the backward pass instead of
             keeping it.
@@ -42,6 +44,7 @@ class EngineConfig(Config):
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 3
+    cut_for_one: bool = False
     micro_batch: int = Field(64, ge=1)
     activation_checkpointing: bool = False
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -77,6 +80,14 @@ class EngineConfig(Config):
                 "offload_parameters: nvme, or remove nvme_path"
             )
         return self
+
+    def for_ranks(self, world: int) -> "EngineConfig":
+        """The settings that ``world`` ranks run with: stage 0 on one, unless its state is in half
+        precision or offloaded, or ``cut_for_one``."""
+        offloads = self.offload_optimizer != "none" or self.offload_parameters != "none"
+        if world > 1 or self.cut_for_one or offloads or self.precision != "fp32":
+            return self
+        return self.model_copy(update={"zero_stage": 0})
 
 
 def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:

@@ -299,16 +299,17 @@ def _memory(
         "micro-steps a step",
     ]
     for n in table:
+        own = e.for_ranks(n)
         state = state_bytes_per_rank(
             counted.total,
             n,
-            e.precision,
-            e.zero_stage,
+            own.precision,
+            own.zero_stage,
             ema_copies=ema_copies,
             frozen=counted.frozen,
             persistent=counted.persistent,
         ).total
-        working = working_bytes(counted, e, n)
+        working = working_bytes(counted, own, n)
         try:
             steps = str(accumulation(e, config.training.global_batch, n))
         except ConfigError:

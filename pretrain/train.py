@@ -100,7 +100,7 @@ class Run:
         task = build_task(config, self.tokenizer)
         self.engine = Engine(
             task,
-            config.engine,
+            config.engine.for_ranks(comm.world_size()),
             config.optimizer,
             config.training.global_batch,
             config.ema,

@@ -48,7 +48,8 @@ def bare(settings: RunConfig, task: dict[str, Any]) -> dict[str, Any]:
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.engine.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.optimizer.rate(step * batch, settings.training.samples)
+            rate = settings.optimizer.rate(step * batch, settings.training.samples)
+            group["lr"] = rate * group["rate_scale"]
         optimizer.step()
     seconds = time.perf_counter() - began
     return {"rate": task["steps"] * batch / seconds, "loss": float(output.loss)}
