@@ -232,13 +232,12 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def render(config: RunConfig, ranks: int | None, ema_copies: int = 0) -> str:
+def render(config: RunConfig, ranks: int | None) -> str:
     """The plan of a run as text: parameters, operations, memory by ranks, batch arithmetic.
 
     Args:
         config: the run.
         ranks: to plan for; None for a table.
-        ema_copies: moving averages that it keeps.
 
     Raises:
         ConfigError: ``ranks`` was given and the batch does not divide by it.
@@ -258,7 +257,7 @@ def render(config: RunConfig, ranks: int | None, ema_copies: int = 0) -> str:
     lines += ["", "operations of a training step, for one sample"]
     lines += [f"  {name:<16}{n / 1e9:>16,.3f} GFLOP" for name, n in flops.items()]
     lines += [f"  {'total':<16}{sum(flops.values()) / 1e9:>16,.3f} GFLOP", ""]
-    lines += _memory(config, counted, vocab_size, RANKS if ranks is None else (ranks,), ema_copies)
+    lines += _memory(config, counted, vocab_size, RANKS if ranks is None else (ranks,))
     losses = [f"{n} × {s.weight:g}" for n, s in check_objectives(config.objectives).items()]
     steps_total = -(-t.samples // t.global_batch)
     decay = f", linear in the last {o.decay_samples:,}" if o.schedule == "wsd" else ""
@@ -281,7 +280,6 @@ def _memory(
     counted: Parameters,
     vocab_size: int,
     table: Sequence[int],
-    ema_copies: int,
 ) -> list[str]:
     """Bytes of a rank, by number of ranks."""
     e = config.engine
@@ -291,7 +289,8 @@ def _memory(
     peak = (recomputing if e.activation_checkpointing else without).peak
     places = {"weights": e.offload_parameters, "optimizer": e.offload_optimizer}
     aside = [f"{what} on {place}" for what, place in places.items() if place != "none"]
-    averages = f", {ema_copies} moving averages" if ema_copies else ""
+    ema_copies = len(config.ema.half_lives)
+    averages = f", moving averages {ema_copies}" if ema_copies else ""
     lines = [
         f"memory per rank under ZeRO-{e.zero_stage}, {e.precision}{averages}"
         + (f" ({', '.join(aside)})" if aside else ""),

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = config.load(RunConfig, args.config, args.overrides)
     if args.dry_run:
-        print(plan.render(settings, args.ranks, len(settings.ema.half_lives)))
+        print(plan.render(settings, args.ranks))
         return 0
     from pretrain.train import train
 

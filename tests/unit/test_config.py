@@ -218,7 +218,7 @@ def test_every_committed_config_is_valid_and_has_a_plan(
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("trainin.samples=3", "did you mean 'training'"),
         ("training.samples=many", "training.samples='many'"),
-        ("engine.precision=fp16", "'fp32' or 'bf16'"),
+        ("engine.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
         ("data.tokenizer=/nowhere.model", "tokenizer train"),
         ("no value", "--set 'no value'"),
     ],
