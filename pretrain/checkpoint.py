@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +128,6 @@ class Checkpointer:
         self.folder = Path(folder)
         self.config = config
         self.failures = 0
-        self.stalled_seconds = 0.0
         self._say = say
         self._save: _Save | None = None
         self._good: tuple[Copy, dict[str, Any]] | None = None
@@ -156,7 +154,6 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot be written, and ``last`` or the configuration says so.
         """
-        began = time.monotonic()
         self.finish()
         folder = self.folder / f"samples-{samples:012d}"
         facts = {**run, "samples": samples, "world_size": comm.world_size()}
@@ -178,7 +175,6 @@ class Checkpointer:
             save.thread.start()
         if last or not self.config.background:
             self.finish(last, copies_seconds)
-        self.stalled_seconds += time.monotonic() - began
         return folder
 
     def finish(self, last: bool = False, copies_seconds: float | None = None) -> None:

@@ -2,7 +2,21 @@
 
 import argparse
 
+from pretrain import plugins
 from pretrain.errors import ConfigError
+
+
+def add_verbs(parser: argparse.ArgumentParser, package: str) -> None:
+    """A verb for each file of ``package``, with its own options, as ``args.verb``."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in plugins.names(package):
+        module = plugins.load(package, name, "verb")
+        module.configure(verbs.add_parser(name, help=module.HELP, description=module.__doc__))
+
+
+def run_verb(args: argparse.Namespace, package: str) -> int:
+    """Run the verb that was chosen."""
+    return int(plugins.load(package, args.verb, "verb").run(args))
 
 
 def add_overrides(parser: argparse.ArgumentParser, help: str = "override one field") -> None:

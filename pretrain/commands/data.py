@@ -2,7 +2,7 @@
 
 import argparse
 
-from pretrain import plugins
+from pretrain.commands._options import add_verbs, run_verb
 
 HELP = "make, index, verify, show and plan shards"
 PACKAGE = "pretrain.commands._data"
@@ -10,13 +10,9 @@ PACKAGE = "pretrain.commands._data"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of every verb."""
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name in plugins.names(PACKAGE):
-        module = plugins.load(PACKAGE, name, "verb")
-        one = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.configure(one)
+    add_verbs(parser, PACKAGE)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    return int(plugins.load(PACKAGE, args.verb, "verb").run(args))
+    return run_verb(args, PACKAGE)
