@@ -9,9 +9,6 @@ from pydantic import Field, model_validator
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 
-# Gathered weights that stay whole from the forward pass to the backward pass.
-LIVE_PARAMETERS = 1_000_000_000
-
 
 class EngineConfig(Config):
     """How a step is computed and its state is spread.
@@ -38,6 +35,9 @@ class EngineConfig(Config):
         loss_scale_window: steps without an overflow after which it doubles.
         persist_parameters: parameters of at most this many elements are kept whole on every rank,
             not gathered.
+        live_parameters: gathered elements that may stay whole from one use to the next (under
+            stage 3); what is used again within as many elements is not gathered twice. 0 gathers
+            for each use; fewer also start faster, as DeepSpeed looks that far ahead at each module.
         bucket_elements: most elements in one reduction or prefetch.
         clip_norm: global gradient norm above which gradients are scaled down.
     """
@@ -53,6 +53,7 @@ class EngineConfig(Config):
     loss_scale_power: int = Field(16, ge=0, le=32)
     loss_scale_window: int = Field(1000, ge=1)
     persist_parameters: int = Field(100_000, ge=0)
+    live_parameters: int = Field(1_000_000_000, ge=0)
     bucket_elements: int = Field(50_000_000, ge=1)
     clip_norm: float = Field(1.0, gt=0)
 
@@ -124,8 +125,8 @@ def deepspeed_config(config: EngineConfig, accumulation_steps: int) -> Mapping[s
         zero |= {
             "stage3_param_persistence_threshold": config.persist_parameters,
             "stage3_prefetch_bucket_size": config.bucket_elements,
-            "stage3_max_live_parameters": LIVE_PARAMETERS,
-            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+            "stage3_max_live_parameters": config.live_parameters,
+            "stage3_max_reuse_distance": config.live_parameters,
         }
     if config.offload_optimizer != "none":
         zero["offload_optimizer"] = _offload(config.offload_optimizer, config.nvme_path)

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pretrain import storage
 from pretrain.abstract import AbstractRun, fused_attention
 from pretrain.data.source import Source
-from pretrain.engine_config import LIVE_PARAMETERS, EngineConfig, accumulation
+from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
 from pretrain.flops import sample_flops
 from pretrain.model.recompute import set_recompute
@@ -161,13 +161,13 @@ def state_bytes_per_rank(
 def working_bytes(counted: Parameters, config: EngineConfig, ranks: int) -> int:
     """What a rank holds for the step beside state and activations: the bucket that gradients are
     reduced in, and under stage 3 the gathered weights (kept from the forward to the backward pass
-    up to `LIVE_PARAMETERS`)."""
+    up to ``live_parameters``)."""
     width = 4 if config.precision == "fp32" else 2
     bucket = config.bucket_elements * width if config.zero_stage else 0
     gathered = 0
     if config.zero_stage == 3 and ranks > 1:  # on one rank the partition is the whole
         gathered = counted.total + counted.frozen - counted.persistent
-    return bucket + min(gathered, LIVE_PARAMETERS) * width + counted.outside * 4
+    return bucket + min(gathered, config.live_parameters) * width + counted.outside * 4
 
 
 def activation_bytes(

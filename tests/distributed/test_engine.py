@@ -178,7 +178,10 @@ def refuse_one() -> dict:
 
     init_distributed()
     engine = Engine(
-        tiny.task(OBJECTIVES), EngineConfig(micro_batch=4, persist_parameters=0), OPTIMIZER, 8
+        tiny.task(OBJECTIVES),
+        EngineConfig(micro_batch=4, persist_parameters=0, live_parameters=0),
+        OPTIMIZER,
+        8,
     )
     good = tiny.batch(4, start=4 * comm.rank())
     engine.step(good, LR)

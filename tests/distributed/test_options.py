@@ -23,8 +23,9 @@ OBJECTIVES = {"generate": {}, "align": {}}
 
 FROZEN = ["model.trunk.unet", "model.text_encoder"]
 SMALL = 5000  # kept whole where a case does not say otherwise
+SETTINGS = {"persist_parameters": SMALL, "live_parameters": 0}
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"live_parameters": 1_000_000_000},  # the others gather for each use
     "checkpointing": {"activation_checkpointing": True, "persist_parameters": 0},
     "all on cpu": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
     "bf16": {
@@ -61,7 +62,7 @@ def train(names: list[str]) -> dict[str, Any]:
             fused=options.pop("fused", True),
         )
         mine = GLOBAL_BATCH // comm.world_size()
-        config = EngineConfig(micro_batch=mine, **{"persist_parameters": SMALL} | options)
+        config = EngineConfig(micro_batch=mine, **SETTINGS | options)
         engine = Engine(tiny.task(OBJECTIVES), config, optimizer, GLOBAL_BATCH)
         losses, norms = [], []
         for step in range(STEPS):

@@ -34,6 +34,7 @@ def engine_of(stage: int = 3, micro: int | None = None, seed: int = 0) -> Engine
         zero_stage=stage,
         micro_batch=micro or GLOBAL_BATCH // comm.world_size(),
         persist_parameters=1000,
+        live_parameters=0,
     )
     return Engine(tiny.task(OBJECTIVES), config, OPTIMIZER, GLOBAL_BATCH, EMA)
 
