@@ -25,8 +25,9 @@ env: $(STAMP) ## make or update the environment in .venv
 demo: $(STAMP) ## train, score, register and show a small model on two CPU ranks, in OUTPUT
 	$(PY) -m pretrain demo --set output="$(OUTPUT)"
 
+# Two files at a time, the folders of long tests first: most of them wait for processes to start.
 test: $(STAMP) ## run the tests (PYTEST_ARGS narrows them)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -36,7 +36,7 @@ def engine_of(stage: int = 3, micro: int | None = None, seed: int = 0) -> Engine
         persist_parameters=1000,
         live_parameters=0,
     )
-    return Engine(tiny.task(OBJECTIVES), config, OPTIMIZER, GLOBAL_BATCH, EMA)
+    return Engine(tiny.task(OBJECTIVES, unet=tiny.ONE_LEVEL), config, OPTIMIZER, GLOBAL_BATCH, EMA)
 
 
 def step(engine: Engine, number: int) -> float:

@@ -10,6 +10,8 @@ from pretrain.task import PretrainTask, TaskConfig, check_objectives
 from pretrain.types import Batch
 
 VOCABULARY, LENGTH, SIZE = 64, 8, 16
+# Half the modules, for tests of the engine: its cost is by module.
+ONE_LEVEL = UNetConfig(channels=(16,), attention=(True,), head_dim=16, norm_groups=8)
 
 
 def model_config(**changes) -> ModelConfig:

@@ -92,7 +92,11 @@ def test_a_tar_cut_short_gives_what_is_whole(tmp_path: Path) -> None:
     assert found.rejects == {"truncated tar": 1}
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar", b"x" * 4096, gzip.compress(b"x" * 4096)[:-20]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no tar", b"x" * 4096, gzip.compress(b"x" * 4096)[:-20]],
+    ids=["empty", "short", "long", "cut gzip"],
+)
 def test_what_is_no_tar_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(data)
