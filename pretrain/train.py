@@ -67,7 +67,8 @@ def train(config: RunConfig, profile: bool = False) -> int:
     output = Path(config.output)
     with Watchdog(output, comm.rank(), comm.world_size(), config.watchdog) as watchdog:
         watchdog.beat("start", 0)
-        speed = Speed.of(config)  # before the process group: its pass on the meta device is no step
+        # Before the process group: its pass on the meta device is no step. One rank tells it.
+        speed = Speed.of(config) if comm.is_main() else None
         init_distributed()
         stop.share(output / "control")
         if stop.agreed():
@@ -89,10 +90,12 @@ class Run:
         config: the run.
         stop: whether it was asked to stop.
         watchdog: is told of every progress.
-        speed: what the hardware could do.
+        speed: what the hardware could do; on rank 0.
     """
 
-    def __init__(self, config: RunConfig, stop: Stop, watchdog: Watchdog, speed: "Speed") -> None:
+    def __init__(
+        self, config: RunConfig, stop: Stop, watchdog: Watchdog, speed: "Speed | None"
+    ) -> None:
         self.config, self.stop, self.watchdog = config, stop, watchdog
         self.output = Path(config.output)
         self.tokenizer = Tokenizer(config.data.tokenizer)
@@ -371,7 +374,7 @@ class Meter:
         tracker: Tracker,
         display: Display,
         progress: Progress,
-        speed: "Speed",
+        speed: "Speed | None",
     ) -> None:
         self.config, self.engine, self.speed = config, engine, speed
         self.tracker, self.display, self.progress = tracker, display, progress
@@ -413,7 +416,7 @@ class Meter:
         images_per_second = self._samples / max(self._seconds, 1e-9)
         metrics |= {
             "images_per_second": images_per_second,
-            "mfu": self.speed.mfu(images_per_second, comm.world_size()),
+            **self._mfu(images_per_second),
             "lr": self.config.optimizer.rate(progress.samples, self.config.training.samples),
             "gradient_norm": self.engine.gradient_norm(),
             "steps_skipped": float(progress.skipped),
@@ -426,6 +429,11 @@ class Meter:
         self.display.line(progress.samples, metrics)
         self.restart()
         self.ledger.check(progress.samples)
+
+    def _mfu(self, images_per_second: float) -> dict[str, float]:
+        if self.speed is None:
+            return {}
+        return {"mfu": self.speed.mfu(images_per_second, comm.world_size())}
 
     def evaluation(self, metrics: dict[str, float], files: list[Path]) -> None:
         """Keep the results of evaluators."""
