@@ -1,8 +1,9 @@
 """An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
 pictures)."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +28,27 @@ class EvaluatorConfig(Config):
     at_start: bool = False
 
 
+class Kept:
+    """What evaluators of one model share, the latest few: the embeddings of a set, which zero-shot
+    and retrieval both read."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """The value of ``key``, made at the first asking. Where ``make`` is collective every rank
+        must ask in the same order."""
+        if key not in self._values:
+            self._values[key] = make()
+            while len(self._values) > self.MOST:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        value: T = self._values[key]
+        return value
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is evaluated: an unpartitioned copy of the task on this rank, and what reads text and
@@ -45,6 +67,7 @@ class Subject:
         scratch: folder that all ranks see and that belongs to this very model; finished pieces of
             work are kept there, so that an evaluation that was stopped goes on with them. None
             keeps nothing.
+        kept: what the evaluators of this very model share in memory.
     """
 
     task: PretrainTask
@@ -57,6 +80,7 @@ class Subject:
     world: int = 1
     pulse: Callable[[], bool] = lambda: False
     scratch: Path | None = None
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
