@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def _chunk(
     """Rows of some images and the seconds they took, from ``path`` if they are there, else made and
     left there."""
     if path is not None:
-        with suppress(OSError, ValueError, KeyError, EOFError):  # damaged: made anew
+        with suppress(OSError, ValueError, KeyError, BadZipFile):  # damaged: made anew
             held = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
             if held["rows"].shape == (len(part), width):
                 return torch.from_numpy(held["rows"]), float(held["seconds"])
