@@ -69,6 +69,11 @@ class Embedded:
     seconds: float
     passes: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of the rows."""
+        return self.rows_NE.nbytes
+
     def cost(self, name: str) -> dict[str, float]:
         """Metrics of a set. Images per second are those of one rank."""
         seconds = max(self.seconds, 1e-9)

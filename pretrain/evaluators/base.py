@@ -29,24 +29,31 @@ class EvaluatorConfig(Config):
 
 
 class Kept:
-    """What evaluators of one model share, the latest few: the embeddings of a set, which zero-shot
+    """What evaluators of one model share, up to 512 MB: the embeddings of a set, which zero-shot
     and retrieval both read."""
 
-    MOST = 4
+    MOST_BYTES = 512 << 20
 
     def __init__(self) -> None:
         self._values: OrderedDict[str, Any] = OrderedDict()
 
     def get(self, key: str, make: Callable[[], T]) -> T:
-        """The value of ``key``, made at the first asking. Where ``make`` is collective every rank
-        must ask in the same order."""
+        """The value of ``key``, made at the first asking; what was not asked for lately goes. Where
+        ``make`` is collective every rank must ask in the same order.
+
+        Args:
+            make: gives a tensor, or what tells its bytes as ``nbytes``.
+        """
         if key not in self._values:
             self._values[key] = make()
-            while len(self._values) > self.MOST:
+            while len(self._values) > 1 and self._bytes() > self.MOST_BYTES:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         value: T = self._values[key]
         return value
+
+    def _bytes(self) -> int:
+        return sum(getattr(value, "nbytes", 0) for value in self._values.values())
 
 
 @dataclass(frozen=True)

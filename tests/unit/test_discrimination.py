@@ -244,5 +244,19 @@ def test_what_cannot_be_scored_is_refused(subject: Subject, tmp_path: Path) -> N
         classify(subject, flat)
     with pytest.raises(ConfigError, match=r"templates: template 'a photo' has no place"):
         classify(subject, flat, templates=["{c}", "a photo"])
+    with pytest.raises(ConfigError, match=r"sets\.a\.urll='x': unknown field; did you mean 'url'"):
+        build(zero_shot.Settings, {"sets": {"a": {"urll": "x"}}})
     with pytest.raises(ConfigError, match=r"templates: .*give at least one template"):
         classify(subject, flat, templates=[])
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kept, "MOST_BYTES", 100)
+    kept, made = Kept(), []
+
+    def value(name: str) -> torch.Tensor:
+        return kept.get(name, lambda: made.append(name) or torch.zeros(10))
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        assert len(value(name)) == 10
+    assert made == ["a", "b", "c", "b"]

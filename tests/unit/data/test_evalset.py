@@ -49,6 +49,8 @@ def test_a_folder_as_clip_benchmark_writes_it(tmp_path: Path, sight: Sight) -> N
     assert made.shape == (4, 3, 16, 16) and torch.equal(made, torch.stack(expected))
     assert torch.equal(found.images(numbers), made)
     assert found.pictures([3, 6]) == [encoded(3), encoded(6)]
+    assert opened(sight, url=f"file://{url}").fingerprint == found.fingerprint
+    assert torch.equal(opened(sight, url=f"file://{url}").images(numbers), made)
     assert found.images([]).shape == (0, 3, 16, 16) and found.pictures([]) == []
 
 
