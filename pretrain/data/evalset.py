@@ -164,7 +164,8 @@ def open_set(
         DataError: it is missing, damaged, or not what ``config`` says.
     """
     sight = data if isinstance(data, Sight) else Sight(data.size, data.bounds, data.read)
-    folder, versions = None, ()
+    folder: clipfolder.ClipFolder | None = None
+    versions: tuple[str, ...] = ()
     if config.manifest is not None:
         version = storage.sha256(config.manifest)
     else:
@@ -198,8 +199,10 @@ def _opened(
     kind = "txt" if kind == "captions" and folder else kind
     keys, notes = notes_of(name, manifest, kind, sight.read, beat)
     classes: tuple[str, ...] = ()
-    labels = list(range(len(keys)))
-    captions = tuple(map(tuple, notes)) if task == "retrieval" else ()
+    labels: list[int] = list(range(len(keys)))
+    captions: tuple[tuple[str, ...], ...] = ()
+    if task == "retrieval":
+        captions = tuple(tuple(lines) for lines in notes)
     if task == "classification":
         classes = _classes(name, config, folder) if folder else tuple(sorted(set(notes)))
         number = {c: i for i, c in enumerate(classes)}

@@ -57,7 +57,11 @@ def check_templates(templates: Sequence[str]) -> None:
 
 def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Each class in each template, class by class."""
-    return [CLASS.sub(lambda _, c=c: c, t) for c in classes for t in templates]  # type: ignore[misc]
+    return [_filled(template, name) for name in classes for template in templates]
+
+
+def _filled(template: str, name: str) -> str:
+    return CLASS.sub(lambda _: name, template)  # a function: a name may hold a backslash
 
 
 class ZeroShot:
