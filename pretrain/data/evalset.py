@@ -6,6 +6,7 @@ is gathered in one pass over its shards, once a node, and kept in the node's cac
 
 import json
 import weakref
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ class EvalSet:
         self._manifest, self._sight, size = manifest, sight, sight.size
         small = len(keys) * 3 * size * size <= CACHED_BYTES
         self._pixels = torch.empty(len(keys), 3, size, size, dtype=torch.uint8) if small else None
-        self._here = np.zeros(len(keys), dtype=bool)
+        self._here: npt.NDArray[np.bool_] = np.zeros(len(keys), dtype=np.bool_)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -135,9 +137,11 @@ class EvalSet:
         return found
 
     def _samples(self, numbers: list[int]) -> Iterator[RawSample]:
-        starts = self._manifest.starts
-        shards = np.searchsorted(starts, numbers, side="right") - 1
-        places = [(0, s, i - int(starts[s])) for s, i in zip(shards.tolist(), numbers, strict=True)]
+        starts: list[int] = self._manifest.starts.tolist()
+        places = []
+        for number in numbers:
+            shard = bisect_right(starts, number) - 1
+            places.append((0, shard, number - starts[shard]))
         yield from raw_samples(self._reader, places, self.name)
 
     @cached_property
