@@ -85,7 +85,7 @@ def ranks_of_best(
 
     Args:
         group_Q, group_G: int64; an item is relevant to the queries of its own group.
-        rows: queries whose scores are held at once: memory grows by 10 bytes x rows x G.
+        rows: queries whose scores are held at once: memory grows by 11 bytes x rows x G.
     """
     found = []
     for start in range(0, len(queries_QE), rows):

@@ -26,7 +26,7 @@ FOUND = 5  # shown of each example
 class Settings(EmbedConfig):
     """Attributes:
     ks: the K of recall at K.
-    chunk: queries whose similarities are held at once, 10 bytes each for every item of the gallery.
+    chunk: queries whose similarities are held at once, 11 bytes each for every item of the gallery.
     """
 
     ks: tuple[int, ...] = (1, 5, 10)
