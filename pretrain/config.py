@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -144,7 +144,12 @@ def _walk(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], Any]:
     held: Any = cls
     options: list[type[BaseModel]] = []
     shown: list[Any] = []
+    keyed = False  # the next part is a key of a mapping, whose values are `node`
     for part in loc:
+        if keyed:
+            shown.append(part)
+            keyed = False
+            continue
         chosen = [o for o in options if _kind_of(o) == part]
         if chosen:
             node, options = chosen[0], []  # pydantic's tag of the kind, no field of the file
@@ -153,6 +158,7 @@ def _walk(cls: type[BaseModel], loc: Sequence[Any]) -> tuple[list[Any], Any]:
         held = node
         field = getattr(node, "model_fields", {}).get(part)
         node = field.annotation if field else None
+        keyed = get_origin(node) is dict
         arguments = getattr(node, "__args__", ())
         options = [o for o in arguments if isinstance(o, type) and issubclass(o, BaseModel)]
         if len(options) == 1:

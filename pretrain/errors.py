@@ -37,7 +37,8 @@ class CheckpointError(PretrainError):
 
 
 class NonFiniteError(PretrainError):
-    """The loss stayed NaN or infinite for longer than the configuration allows."""
+    """The loss stayed NaN or infinite for longer than the configuration allows, or what a trained
+    model says is not finite."""
 
 
 class ExportError(PretrainError):

@@ -118,7 +118,7 @@ def build(
         raise DataError(f"shards={twice[0]!r} is listed {Counter(urls)[twice[0]]} times; list once")
     results = _Results(out)
     known = _known(out)
-    versions_now = {u: _version(u) for u in urls} if versions else {}
+    versions_now = {u: version_of(u) for u in urls} if versions else {}
     todo = []
     reused = 0
     for number, url in enumerate(urls):
@@ -249,7 +249,7 @@ def _plain(path: str, url: str) -> Iterator[tuple[mmap.mmap | bytes, bool]]:
             yield data, packed
 
 
-def _version(url: str) -> str:
+def version_of(url: str) -> str:
     """What the store says of a file without reading it: it changes when the file does."""
     fs, path = url_to_fs(url)
     try:

@@ -116,7 +116,7 @@ def decode(
     if len(encoded) > bounds.max_bytes:
         raise Refused("too many bytes")
     captions = captions_of(raw, bounds.max_caption_bytes)
-    return _upright(open_picture(encoded, bounds, target)), captions
+    return upright(open_picture(encoded, bounds, target)), captions
 
 
 def open_picture(
@@ -205,7 +205,7 @@ def _orientation(image: Image.Image) -> int:
             return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF says a viewer should turn it."""
     turn = _TURNS.get(_orientation(image))
     rgb = flatten(image)

@@ -1,38 +1,243 @@
-"""Embeddings of a labelled set, split over ranks: shared by zero-shot and retrieval."""
+"""Embeddings of an evaluation set, made once, by all ranks; shared by zero-shot and retrieval.
 
+Images go in chunks: chunk i is rank i % world's. A chunk that is done is kept in the subject's
+scratch folder, so an evaluation that was stopped goes on with it, on any number of ranks.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from pretrain.evaluators.base import Subject, share, together
+from pretrain import storage
+from pretrain.data.evalset import EvalSet, open_set
+from pretrain.data.setconfig import SetConfig
+from pretrain.errors import ConfigError, DataError, NonFiniteError
+from pretrain.evaluators.base import EvaluatorConfig, Subject, share, together
+
+CHUNK = 64  # images embedded together
+TEXTS = 256  # prompts embedded together
 
 
-def embed_images(
-    subject: Subject, images_NCHW: Tensor, seed: int, steps: int, noises: int, guidance: float
-) -> Tensor:
-    """Rows of ê_0 for all images, on every rank, on the CPU; each rank embeds its share."""
-    mine = share(len(images_NCHW), subject.rank, subject.world)
-    device = subject.heads.model.null_tokens_L.device
-    rows: dict[int, Tensor] = {}
-    left = False
-    for start in range(0, len(mine), 64):
+class EmbedConfig(EvaluatorConfig):
+    """Attributes:
+    sets: the sets by name: a manifest, the URL of a folder in clip-benchmark's form, or fields of
+        `SetConfig`.
+    steps, noises, guidance: of the alignment chain; ê_0 is averaged over noises. (The network has
+        no image embedding of its own: steps 1 and noises 1, one look from pure noise, is the
+        cheapest that it trains.)
+    seed: of its noises.
+    examples: pictures in the details for a report, at most; 0 leaves them out.
+    """
+
+    sets: dict[str, SetConfig] = Field(default_factory=dict)
+    steps: int = Field(4, ge=1)
+    noises: int = Field(4, ge=1)
+    guidance: float = Field(0.0, ge=0)
+    seed: int = 0
+    examples: int = Field(24, ge=0)
+
+    def check(self, evaluator: str) -> None:
+        """Raise a ConfigError where no set is named."""
+        if not self.sets:
+            raise ConfigError(
+                f"evaluators.{evaluator}.sets={{}}: name at least one set, as "
+                "{name: manifest.json} or {name: folder}"
+            )
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Attributes:
+    rows_NE: ê_0 of every image, fp32 unit rows, on the CPU.
+    seconds: of work on all ranks together (on one, of the clock), when they were made.
+    passes: of the encoder for each image.
+    """
+
+    rows_NE: Tensor
+    seconds: float
+    passes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows."""
+        return self.rows_NE.nbytes
+
+    def cost(self, name: str) -> dict[str, float]:
+        """Metrics of a set. Images per second are those of one rank."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            f"cost/{name}/seconds": seconds,
+            f"cost/{name}/images_per_second": len(self.rows_NE) / seconds,
+            f"cost/{name}/passes_per_image": float(self.passes),
+        }
+
+
+def details_of(
+    subject: Subject, found: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """Details by set as a result holds them, on rank 0: those of the one set themselves, with its
+    name; of several, under ``sets``."""
+    if subject.rank != 0:
+        return None
+    if len(found) > 1:
+        return {"sets": dict(found)}
+    ((name, fields),) = found.items()
+    return {"set": name, **fields}
+
+
+def open_sets(subject: Subject, settings: EmbedConfig) -> dict[str, EvalSet]:
+    """The sets of an evaluator, each of two images at least.
+
+    Raises:
+        DataError: one is missing or unfit.
+    """
+    found = {}
+    for name, config in settings.sets.items():
+        found[name] = open_set(name, config, subject.data, subject.pulse)
+        if len(found[name]) < 2:
+            raise DataError(
+                f"evaluation set {name!r} at {config.place} has {len(found[name])} image; a score "
+                "needs two at least"
+            )
+    return found
+
+
+def embed_images(subject: Subject, data: EvalSet, settings: EmbedConfig) -> Embedded:
+    """ê_0 of all images, on every rank. Collective.
+
+    Raises:
+        Stopped: on every rank, if one was asked to stop.
+        NonFiniteError: the model gives NaN or infinity.
+    """
+    s = settings
+    # Smaller chunks for a small set that is not resumed: no rank is to stand by.
+    even = -(-len(data) // subject.world)
+    chunk = CHUNK if subject.scratch else min(CHUNK, max(1, even))
+    what = (data.images_sha256, subject.data.size, s.steps, s.noises, s.guidance, s.seed, chunk)
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    found = subject.kept.get(key, lambda: _all_chunks(subject, data, s, chunk, key))
+    bad = int((~found.rows_NE.isfinite().all(1)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"evaluation set {data.name!r}: {bad} of {len(data)} image embeddings are not finite; "
+            "the weights have diverged, evaluate an earlier checkpoint"
+        )
+    return found
+
+
+def _all_chunks(subject: Subject, data: EvalSet, s: EmbedConfig, chunk: int, key: str) -> Embedded:
+    parts = [range(i, min(i + chunk, len(data))) for i in range(0, len(data), chunk)]
+    width = subject.heads.model.config.text_encoder.query_dim
+    folder = None
+    if subject.scratch is not None:
+        weights = subject.kept.get("weights", lambda: _sha256_of(subject))
+        folder = subject.scratch / "embeddings" / f"{key[:24]}-{weights[:24]}"
+    mine: list[int] = []
+    rows: list[Tensor] = []
+    seconds, left = 0.0, False
+    for number in share(len(parts), subject.rank, subject.world):
         left = subject.pulse()
         if left:
             break
-        part = mine[start : start + 64]
-        e = subject.heads.embed_images(
-            images_NCHW[part].to(device), seed, steps, noises, guidance
-        ).cpu()
-        rows |= dict(zip(part, e, strict=True))
-    found = {i: row for part in together(rows, left) for i, row in part.items()}
-    return torch.stack([found[i] for i in range(len(images_NCHW))])
+        made = _chunk(subject, data, s, parts[number], width, folder and folder / f"{number}.npz")
+        mine.append(number)
+        rows.append(made[0])
+        seconds += made[1]
+    packed = torch.cat(rows) if rows else torch.empty(0, width)
+    all_NE = torch.empty(len(data), width)
+    total = 0.0
+    for numbers, rows_nE, spent in together((mine, packed, seconds), left):
+        at = [i for number in numbers for i in parts[number]]
+        all_NE[at] = rows_nE
+        total += spent
+    return Embedded(all_NE, total, s.steps * s.noises * (2 if s.guidance > 0 else 1))
 
 
-def embed_texts(subject: Subject, texts: list[str]) -> Tensor:
-    """Queries e of texts, on every rank, on the CPU. Text is cheap: every rank embeds all."""
+def _chunk(
+    subject: Subject, data: EvalSet, s: EmbedConfig, part: range, width: int, path: Path | None
+) -> tuple[Tensor, float]:
+    """Rows of some images and the seconds they took, from ``path`` if they are there, else made and
+    left there."""
+    if path is not None:
+        with suppress(OSError, ValueError, KeyError, BadZipFile):  # damaged: made anew
+            held = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            if held["rows"].shape == (len(part), width):
+                return torch.from_numpy(held["rows"]), float(held["seconds"])
+    began = time.monotonic()
+    images = data.images(part).to(subject.heads.model.null_tokens_L.device)
+    rows = subject.heads.embed_images(images, s.seed, s.steps, s.noises, s.guidance).float().cpu()
+    seconds = time.monotonic() - began
+    if path is not None:
+        stream = io.BytesIO()
+        np.savez(stream, rows=rows.numpy(), seconds=np.float64(seconds))
+        storage.write_bytes(str(path), stream.getvalue())
+    return rows, seconds
+
+
+def _sha256_of(subject: Subject) -> str:
+    """Of the weights: what they embedded is no other weights'."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(subject.heads.model.state_dict().items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def embed_texts(subject: Subject, texts: Sequence[str], each: int = 1) -> Tensor:
+    """Queries e of texts, fp32 unit rows, on every rank, on the CPU. Collective.
+
+    Args:
+        each: so many texts in a row make one row, the normalised mean of their queries.
+
+    Raises:
+        Stopped: on every rank, if one was asked to stop.
+        NonFiniteError: the model gives NaN or infinity.
+    """
+    texts = list(texts)
+    what = f"{each}\n" + "\n".join(map(repr, texts))
+    key = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
+    rows = subject.kept.get(key, lambda: _all_texts(subject, texts, each))
+    if not rows.isfinite().all():
+        raise NonFiniteError(
+            f"texts such as {texts[0]!r} have embeddings that are not finite; the weights have "
+            "diverged, evaluate an earlier checkpoint"
+        )
+    return rows
+
+
+def _all_texts(subject: Subject, texts: list[str], each: int) -> Tensor:
     device = subject.heads.model.null_tokens_L.device
     length = subject.heads.model.config.text_encoder.length
-    rows = []
-    for start in range(0, len(texts), 256):
-        tokens, mask = subject.tokenizer.encode(texts[start : start + 256], length)
-        rows.append(subject.heads.embed_tokens(tokens.to(device), mask.to(device)).cpu())
-    return torch.cat(rows)
+    piece = max(1, TEXTS // each) * each
+    starts = range(0, len(texts), piece)
+    made: dict[int, Tensor] = {}
+    left = False
+    for number in share(len(starts), subject.rank, subject.world):
+        left = subject.pulse()
+        if left:
+            break
+        start = starts[number]
+        rows = []
+        for at in range(start, min(start + piece, len(texts)), TEXTS):
+            some = texts[at : min(at + TEXTS, start + piece)]
+            tokens, mask = subject.tokenizer.encode(some, length)
+            rows.append(subject.heads.embed_tokens(tokens.to(device), mask.to(device)).cpu())
+        e = torch.cat(rows).float()
+        if each > 1:
+            e = F.normalize(e.view(-1, each, e.shape[1]).mean(1), dim=-1)
+        made[number] = e
+    found = {i: row for part in together(made, left) for i, row in part.items()}
+    return torch.cat([found[i] for i in range(len(starts))])

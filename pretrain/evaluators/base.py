@@ -1,8 +1,9 @@
 """An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
 pictures)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +28,34 @@ class EvaluatorConfig(Config):
     at_start: bool = False
 
 
+class Kept:
+    """What evaluators of one model share, up to 512 MB: the embeddings of a set, which zero-shot
+    and retrieval both read."""
+
+    MOST_BYTES = 512 << 20
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """The value of ``key``, made at the first asking; what was not asked for lately goes. Where
+        ``make`` is collective every rank must ask in the same order.
+
+        Args:
+            make: gives a tensor, or what tells its bytes as ``nbytes``.
+        """
+        if key not in self._values:
+            self._values[key] = make()
+            while len(self._values) > 1 and self._bytes() > self.MOST_BYTES:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        value: T = self._values[key]
+        return value
+
+    def _bytes(self) -> int:
+        return sum(getattr(value, "nbytes", 0) for value in self._values.values())
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is evaluated: an unpartitioned copy of the task on this rank, and what reads text and
@@ -42,6 +71,10 @@ class Subject:
         rank, world: this rank's share of the work is every item i with i % world == rank.
         pulse: called between pieces of work of some seconds; True if the run is to stop, and the
             work to be left (see `together`).
+        scratch: folder that all ranks see and that belongs to this very model; finished pieces of
+            work are kept there, so that an evaluation that was stopped goes on with them. None
+            keeps nothing.
+        kept: what the evaluators of this very model share in memory.
     """
 
     task: PretrainTask
@@ -53,15 +86,23 @@ class Subject:
     rank: int = 0
     world: int = 1
     pulse: Callable[[], bool] = lambda: False
+    scratch: Path | None = None
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics by name, and files to keep as artifacts. The same on every rank, files on rank 0
-    only."""
+    """Metrics by name, the same on every rank; and on rank 0 alone what a reader looks at.
+
+    Attributes:
+        metrics: numbers by flat name.
+        files: to keep as artifacts.
+        details: further data that JSON can hold, for a report: of which examples the numbers come.
+    """
 
     metrics: dict[str, float]
     files: tuple[Path, ...] = ()
+    details: Mapping[str, Any] | None = None
 
 
 class Evaluator(Protocol):

@@ -1,71 +1,149 @@
 """Zero-shot classification by denoising the text query given the image (DiffDis Alg. 3)."""
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from pretrain.data.evalset import load_labelled
-from pretrain.errors import ConfigError
-from pretrain.evaluators._embed import embed_images, embed_texts
+from pretrain.data.evalset import EvalSet
+from pretrain.errors import ConfigError, DataError
+from pretrain.evaluators._embed import (
+    EmbedConfig,
+    details_of,
+    embed_images,
+    embed_texts,
+    open_sets,
+)
+from pretrain.evaluators._examples import thumbnails
+from pretrain.evaluators._metrics import Classified, classify, confusion, per_class, within
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
 from pretrain.rng import generator
 
+CLASS = re.compile(r"\{c?\}")  # `{c}` as clip-benchmark writes it, `{}` as CLIP does
 
-class Settings(EvaluatorConfig):
+
+class Settings(EmbedConfig):
     """Attributes:
-    sets: name of each labelled set and its manifest.
-    templates: class prompts; ``{}`` stands for the class name.
-    steps, noises, guidance: of the alignment chain.
-    seed: of its noises.
+    templates: class prompts; ``{c}`` or ``{}`` stands for the class name. None takes the set's own,
+        or the bare name where it has none. A class's query is the normalised mean over them.
     shuffle_images: leak test: images are exchanged among samples, and accuracy must fall to chance.
     """
 
-    sets: dict[str, str] = Field(default_factory=dict)
-    templates: tuple[str, ...] = ("{}",)
-    steps: int = Field(4, ge=1)
-    noises: int = Field(4, ge=1)
-    guidance: float = Field(0.0, ge=0)
-    seed: int = 0
+    templates: tuple[str, ...] | None = None
     shuffle_images: bool = False
+    examples: int = Field(48, ge=0)
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if templates is not None:
+            check_templates(templates)
+        return templates
 
 
-def ranks_of_truth(e0_hat_NE: Tensor, classes_KE: Tensor, labels_N: Tensor) -> Tensor:
-    """How many classes score above the true one, (N,) int64; 0 is a top-1 hit. Ties count against
-    the model."""
-    scores = e0_hat_NE @ classes_KE.T
-    truth = scores.gather(1, labels_N[:, None])
-    return (~(scores < truth)).sum(1) - 1  # so put, NaN counts against the model too
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise a ValueError unless each has one place for the class at least."""
+    if not templates:
+        raise ValueError("[]: give at least one template, such as '{c}'")
+    for template in templates:
+        if not CLASS.search(template):
+            raise ValueError(
+                f"template {template!r} has no place for the class; write {{c}} or {{}} there"
+            )
+
+
+def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Each class in each template, class by class."""
+    return [_filled(template, name) for name in classes for template in templates]
+
+
+def _filled(template: str, name: str) -> str:
+    return CLASS.sub(lambda _: name, template)  # a function: a name may hold a backslash
 
 
 class ZeroShot:
-    """Top-1 and top-5 over each set's own classes, with chance beside them."""
+    """Top-1, top-5 and the mean of per-class accuracies over each set's own classes, with chance
+    beside them."""
 
     def __init__(self, settings: Settings) -> None:
-        if not settings.sets:
-            raise ConfigError(
-                "evaluators.zero_shot.sets={}: name at least one set, as {name: manifest.json}"
-            )
+        settings.check("zero_shot")
         self.settings = settings
 
     def run(self, subject: Subject) -> Result:
         s = self.settings
         metrics: dict[str, float] = {}
-        for name, manifest in s.sets.items():
-            data = load_labelled(manifest, subject.data)
-            images = data.images_NCHW
-            if s.shuffle_images:
-                images = images[torch.randperm(len(images), generator=generator(s.seed, "shuffle"))]
-            e0_hat = embed_images(subject, images, s.seed, s.steps, s.noises, s.guidance)
-            prompts = [t.format(c) for c in data.classes for t in s.templates]
-            e = embed_texts(subject, prompts).view(len(data.classes), len(s.templates), -1).mean(1)
-            rank = ranks_of_truth(e0_hat, F.normalize(e, dim=-1), data.labels_N)
+        details: dict[str, Any] = {}
+        for name, data in open_sets(subject, s).items():
+            templates = self._templates(name, data)
+            embedded = embed_images(subject, data, s)
+            rows_NE = embedded.rows_NE
+            if s.shuffle_images:  # an image's row depends on it alone
+                order = torch.randperm(len(data), generator=generator(s.seed, "shuffle"))
+                rows_NE = rows_NE[order]
+            classes_KE = embed_texts(subject, prompts_of(data.classes, templates), len(templates))
+            found = classify(rows_NE, classes_KE, data.labels_N)
+            accuracies = per_class(found.rank_N < 1, data.labels_N, len(data.classes))
+            known = [a for a in accuracies if a is not None]
             metrics |= {
-                f"zero_shot/{name}/top1": (rank < 1).float().mean().item(),
-                f"zero_shot/{name}/top5": (rank < 5).float().mean().item(),
+                f"zero_shot/{name}/top1": within(found.rank_N, 1),
+                f"zero_shot/{name}/top5": within(found.rank_N, 5),
+                f"zero_shot/{name}/mean_per_class": sum(known) / len(known),
                 f"zero_shot/{name}/chance": 1 / len(data.classes),
+                **embedded.cost(name),
             }
-        return Result(metrics)
+            if subject.rank == 0:
+                details[name] = {
+                    "metric": data.config.metric or "top1",
+                    "templates": list(templates),
+                    "classes": list(data.classes),
+                    "confusion": confusion(data.labels_N, found.predicted_N, len(data.classes)),
+                    "per_class": accuracies,
+                    "examples": self._examples(data, found, rows_NE, classes_KE),
+                }
+        return Result(metrics, details=details_of(subject, details))
+
+    def _templates(self, name: str, data: EvalSet) -> Sequence[str]:
+        if data.task != "classification":
+            raise ConfigError(
+                f"evaluators.zero_shot.sets.{name}: {data.config.place} holds captions and no "
+                "classes; evaluators.retrieval scores it"
+            )
+        if len(data.classes) < 2:
+            raise DataError(
+                f"evaluation set {name!r} has one class, {data.classes[0]!r}: every answer would "
+                "be right; zero-shot classification needs two at least"
+            )
+        templates = self.settings.templates or data.templates or ("{}",)
+        try:
+            check_templates(templates)
+        except ValueError as error:
+            raise DataError(f"evaluation set {name!r}: {error}") from None
+        return templates
+
+    def _examples(
+        self, data: EvalSet, found: Classified, rows_NE: Tensor, classes_KE: Tensor
+    ) -> list[dict[str, Any]]:
+        """The images that are furthest from right, and what they were taken for."""
+        worst = found.margin_N.argsort(stable=True)[: self.settings.examples].tolist()
+        if self.settings.shuffle_images or not worst:
+            return []
+        best = (rows_NE[worst] @ classes_KE.T).topk(min(5, len(data.classes)), dim=1)
+        pictures = thumbnails(data, worst)
+        return [
+            {
+                "key": data.keys[i],
+                "true": data.classes[int(data.labels_N[i])],
+                "predicted": [data.classes[c] for c in indices],
+                "scores": [round(v, 4) for v in values],
+                "png": pictures[i],
+            }
+            for i, indices, values in zip(
+                worst, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
 
 
 def build(settings: EvaluatorConfig) -> Evaluator:

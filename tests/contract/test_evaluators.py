@@ -1,5 +1,7 @@
 """What every file in pretrain/evaluators must keep, on a small model and a slice of the corpus."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from pretrain.data.evalset import read_all
 from pretrain.data.reader import ReadConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
-from pretrain.evaluators.base import EvaluatorConfig, Result, Subject, share
+from pretrain.evaluators.base import EvaluatorConfig, Kept, Result, Subject, share
 from pretrain.inference import Heads
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
 from pretrain.train import build_task
@@ -58,9 +60,7 @@ def base() -> Subject:
 
 @pytest.fixture
 def subject(base: Subject, tmp_path: Path) -> Subject:
-    import dataclasses
-
-    return dataclasses.replace(base, folder=tmp_path / "samples")
+    return dataclasses.replace(base, folder=tmp_path / "samples", kept=Kept())
 
 
 def settings(name: str, labelled: str) -> EvaluatorConfig:
@@ -78,6 +78,11 @@ def run(name: str, labelled: str, subject: Subject) -> Result:
     return result
 
 
+def scores_of(result: Result) -> dict[str, float]:
+    """Its metrics but for what it cost."""
+    return {k: v for k, v in result.metrics.items() if not k.startswith("cost/")}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_declares_settings(name: str) -> None:
     module = plugins.load(EVALUATORS, name, "evaluators")
@@ -92,7 +97,9 @@ def test_it_returns_finite_numbers_under_its_name_and_files_that_exist(
     result = run(name, labelled, subject)
     assert result.metrics or result.files
     for key, value in result.metrics.items():
-        assert key.startswith(f"{name}/") and type(value) is float and math.isfinite(value), key
+        assert key.startswith((f"{name}/", "cost/")), key
+        assert type(value) is float and math.isfinite(value), key
+    json.dumps(result.details)  # for a report
     for path in result.files:
         assert path.is_file() and path.is_relative_to(subject.folder)
         assert f"{subject.samples:09d}" in path.name, "a later run would overwrite it"
@@ -107,8 +114,9 @@ def test_it_says_the_same_twice_and_leaves_the_model_alone(
     first = run(name, labelled, subject)
     pictures = [path.read_bytes() for path in first.files]
     torch.manual_seed(2)
-    second = run(name, labelled, subject)
-    assert first.metrics == second.metrics
+    second = run(name, labelled, dataclasses.replace(subject, kept=Kept()))
+    assert scores_of(first) == scores_of(second)
+    assert first.details == second.details
     assert pictures == [path.read_bytes() for path in second.files]
     after = subject.task.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
@@ -142,16 +150,18 @@ def test_the_true_queries_would_score_all(
 ) -> None:
     """Embeddings replaced by each picture's own class query: 100% both ways, shuffled near none."""
     from pretrain.evaluators import _embed, retrieval, zero_shot
+    from pretrain.evaluators._embed import Embedded
 
     captions = labels_of(labelled, subject)
-    truth = _embed.embed_texts(subject, list(captions))
+    truth = Embedded(_embed.embed_texts(subject, captions), 1.0, 1)
     for module in (zero_shot, retrieval):
         monkeypatch.setattr(module, "embed_images", lambda *_: truth)
-    assert run("zero_shot", labelled, subject).metrics["zero_shot/small/top1"] == 1.0
-    found = run("retrieval", labelled, subject).metrics
-    assert {v for k, v in found.items()} == {1.0}
+    found = scores_of(run("zero_shot", labelled, subject))
+    assert found["zero_shot/small/top1"] == found["zero_shot/small/mean_per_class"] == 1.0
+    assert set(scores_of(run("retrieval", labelled, subject)).values()) == {1.0}
+    wrong = dataclasses.replace(truth, rows_NE=truth.rows_NE.roll(1, 0))
     for module in (zero_shot, retrieval):
-        monkeypatch.setattr(module, "embed_images", lambda *_: truth.roll(1, 0))
+        monkeypatch.setattr(module, "embed_images", lambda *_: wrong)
     assert run("zero_shot", labelled, subject).metrics["zero_shot/small/top1"] < 0.4
 
 
