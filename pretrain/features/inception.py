@@ -28,7 +28,10 @@ class Conv(nn.Module):
 
     def __init__(self, channels: int, width: int, kernel: Any, stride: int = 1, padding: Any = 0):
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
+        # Left as it is: drawing 22 million values that are then replaced takes seconds.
+        self.conv = nn.utils.skip_init(
+            nn.Conv2d, channels, width, kernel, stride, padding, bias=False
+        )
         self.bn = nn.BatchNorm2d(width, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
