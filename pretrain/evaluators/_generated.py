@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain import storage
 from pretrain.diffusion.sampler import Method
-from pretrain.errors import DataError, NonFiniteError
+from pretrain.errors import NonFiniteError
 from pretrain.evaluators.base import Subject, share, together
 from pretrain.features.base import Extractor, from_uint8, to_uint8
 from pretrain.inference import Predictor, to_pil
@@ -186,17 +186,14 @@ def _measured(
 
 
 def _read(path: Path) -> Rows | None:
+    """What was kept there; None where nothing was, or it is damaged: it is made anew."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         return Rows(**load(path.read_bytes()))
-    except FileNotFoundError:
+    except (OSError, SafetensorError, TypeError):
         return None
-    except (OSError, SafetensorError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); delete it, and it is made anew"
-        ) from None
 
 
 def _write(path: Path, rows: Rows) -> None:
