@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pretrain.features.inception import Inception
 from pretrain.features.squeezenet import SqueezeNet
 
 
@@ -39,3 +40,18 @@ def write_safetensors(path: Path, seed: int = 0) -> str:
 
     save_file(squeezenet(seed), path)
     return str(path)
+
+
+def inception() -> dict[str, Tensor]:
+    """In the published layout, with the classifier that no feature depends on; activations neither
+    vanish nor grow."""
+    g = torch.Generator().manual_seed(0)
+    state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    for name, x in Inception().state_dict().items():
+        if x.ndim == 4:
+            state[name] = torch.randn(x.shape, generator=g) * (2 / x[0].numel()) ** 0.5
+        elif name.endswith(("weight", "running_var")):
+            state[name] = 0.5 + torch.rand(x.shape, generator=g)
+        elif "num_batches" not in name:
+            state[name] = 0.1 * torch.randn(x.shape, generator=g)
+    return state

@@ -146,25 +146,9 @@ def test_pixels_survive_their_way_there_and_back() -> None:
     assert torch.equal(to_uint8(from_uint8(every)), every)
 
 
-def random_inception() -> dict[str, torch.Tensor]:
-    """Weights under which activations neither vanish nor grow."""
-    g = torch.Generator().manual_seed(0)
-    state = {}
-    for name, x in inception.Inception().state_dict().items():
-        if x.ndim == 4:
-            state[name] = torch.randn(x.shape, generator=g) * (2 / x[0].numel()) ** 0.5
-        elif name.endswith(("weight", "running_var")):
-            state[name] = 0.5 + torch.rand(x.shape, generator=g)
-        elif "num_batches" not in name:
-            state[name] = 0.1 * torch.randn(x.shape, generator=g)
-    return state
-
-
 def test_inception_is_read_from_the_published_layout(tmp_path: Path) -> None:
     """What pytorch-fid publishes has a classifier beside it, which no feature depends on."""
-    state = random_inception()
-    published = state | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    torch.save(published, tmp_path / "pt_inception.pth")
+    torch.save(weights.inception(), tmp_path / "pt_inception.pth")
     net = base.build(FeaturesConfig(kind="inception", path=str(tmp_path / "pt_inception.pth")))
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     found = net(images)
