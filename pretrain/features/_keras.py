@@ -72,11 +72,11 @@ def load(path: Path | None) -> dict[str, Tensor]:
 def _h5(path: Path) -> bytes:
     if path.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(path) as archive:
-            (name,) = [n for n in archive.namelist() if n.endswith(FILE)] or [FILE]
+            name = next((n for n in archive.namelist() if n.endswith(FILE)), FILE)
             return archive.read(name)
     if path.name.endswith((".tar.gz", ".tgz")):
         with tarfile.open(path) as archive:
-            (name,) = [n for n in archive.getnames() if n.endswith(FILE)] or [FILE]
+            name = next((n for n in archive.getnames() if n.endswith(FILE)), FILE)
             member = archive.extractfile(name)
             return member.read() if member else b""
     return path.read_bytes()

@@ -82,7 +82,8 @@ class InceptionC(nn.Module):
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        row: dict[str, Any] = {"kernel": (1, 7), "padding": (0, 3)}
+        column: dict[str, Any] = {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Conv(channels, 192, 1)
         self.branch7x7_1 = Conv(channels, inner, 1)
         self.branch7x7_2 = Conv(inner, inner, **row)
@@ -129,7 +130,8 @@ class InceptionE(nn.Module):
     def __init__(self, channels: int, max_pool: bool) -> None:
         super().__init__()
         self.max_pool = max_pool
-        row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+        row: dict[str, Any] = {"kernel": (1, 3), "padding": (0, 1)}
+        column: dict[str, Any] = {"kernel": (3, 1), "padding": (1, 0)}
         self.branch1x1 = Conv(channels, 320, 1)
         self.branch3x3_1 = Conv(channels, 384, 1)
         self.branch3x3_2a = Conv(384, 384, **row)
