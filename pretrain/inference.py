@@ -106,6 +106,7 @@ class Heads:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: Method | None = None,
     ) -> Tensor:
         """Images in [-1, 1] for texts (Alg. 2, with classifier-free guidance); one seed for each
         image."""
@@ -130,7 +131,7 @@ class Heads:
             denoise,
             torch.stack(rows).to(device),
             steps,
-            self.config.sampler,
+            sampler or self.config.sampler,
             self.config.last_noise,
         )
         return model.autoencoder.decode(z).clamp(-1, 1)
@@ -195,6 +196,7 @@ class Predictor:
         seed: int = 0,
         batch_size: int = 32,
         seeds: Sequence[int] | None = None,
+        sampler: Method | None = None,
     ) -> list[Image.Image]:
         """One RGB image for each prompt. Image i is drawn from seed + i (or ``seeds[i]``), whatever
         the batch size."""
@@ -203,7 +205,7 @@ class Predictor:
         for part in _chunks(range(len(prompts)), batch_size):
             tokens, mask = self._tokens([prompts[i] for i in part])
             made = self.heads.generate_tokens(
-                tokens, mask, [seeds[i] for i in part], steps, guidance
+                tokens, mask, [seeds[i] for i in part], steps, guidance, sampler
             )
             images += [to_pil(image) for image in made]
         return images

@@ -22,15 +22,24 @@ from pretrain.evaluators.base import EvaluatorConfig, Kept, Result, Subject, sha
 from pretrain.inference import Heads
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
 from pretrain.train import build_task
+from tests.support import weights
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = plugins.names(EVALUATORS)
 PICTURES = 12
+WEIGHTS = "squeezenet.safetensors"  # beside the set
 # Settings that a file cannot do without; an evaluator that is not listed runs on its defaults.
 NEEDED: dict[str, dict[str, Any]] = {
     "validation": {"manifest": "SET", "global_batch": 8, "repeats": 1},
     "zero_shot": {"sets": {"small": "SET"}, "steps": 1, "noises": 1},
     "retrieval": {"sets": {"small": "SET"}, "steps": 1, "noises": 1},
+    "generation": {
+        "sets": {"small": "SET"},
+        "images": 6,
+        "steps": 2,
+        "chunk": 4,
+        "features": {"path": "WEIGHTS"},
+    },
     "samples": {"prompts": ["red apple", "blue car", "owl"], "steps": 2, "columns": 2},
 }
 
@@ -44,6 +53,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_shard(folder / "0.tar.gz", [{"__key__": r.key, **r.files} for r in raw])
     url = str(folder / "small.json")
     index.build([str(folder / "0.tar.gz")], url)
+    weights.write_safetensors(folder / WEIGHTS)
     return url
 
 
@@ -67,6 +77,8 @@ def settings(name: str, labelled: str) -> EvaluatorConfig:
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: filled(v) for k, v in value.items()}
+        if value == "WEIGHTS":
+            return str(Path(labelled).with_name(WEIGHTS))
         return labelled if value == "SET" else value
 
     return check_evaluators({name: filled(NEEDED.get(name, {}))})[name]

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
         "errors config plugins remote storage comm types rng ops progress mlflow_env "
-        "stop watchdog sentinel profiling",
-        "data/ diffusion/ model/",
+        "stop watchdog sentinel profiling distances",
+        "data/ diffusion/ model/ features/",
         "objectives/",
         "task ema inference weights",
         "engine engine_config optim partitions parts guard",
@@ -38,6 +38,7 @@ APART = {
     "data/": {"diffusion/", "model/"},
     "diffusion/": {"data/", "model/"},
     "model/": {"data/"},
+    "features/": {"diffusion/", "model/"},
 }
 # Files that may import deepspeed: the engine anywhere, the others inside a function only.
 DEEPSPEED = {

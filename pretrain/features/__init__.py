@@ -1,0 +1,1 @@
+"""Feature extractors: a plug-in folder, see base.py."""
