@@ -1,7 +1,7 @@
 """An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
 pictures)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -42,6 +42,9 @@ class Subject:
         rank, world: this rank's share of the work is every item i with i % world == rank.
         pulse: called between pieces of work of some seconds; True if the run is to stop, and the
             work to be left (see `together`).
+        scratch: folder that all ranks see and that belongs to this very model; finished pieces of
+            work are kept there, so that an evaluation that was stopped goes on with them. None
+            keeps nothing.
     """
 
     task: PretrainTask
@@ -53,15 +56,22 @@ class Subject:
     rank: int = 0
     world: int = 1
     pulse: Callable[[], bool] = lambda: False
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics by name, and files to keep as artifacts. The same on every rank, files on rank 0
-    only."""
+    """Metrics by name, the same on every rank; and on rank 0 alone what a reader looks at.
+
+    Attributes:
+        metrics: numbers by flat name.
+        files: to keep as artifacts.
+        details: further data that JSON can hold, for a report: of which examples the numbers come.
+    """
 
     metrics: dict[str, float]
     files: tuple[Path, ...] = ()
+    details: Mapping[str, Any] | None = None
 
 
 class Evaluator(Protocol):
