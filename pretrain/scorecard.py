@@ -102,29 +102,42 @@ def plan(suite: Suite, choice: Choice, folder: Folder) -> Plan:
 
 def key_of(identity: Mapping[str, Any], entry: Entry) -> str:
     """sha256 of all that an entry's numbers depend on: model, settings, and what its sets hold."""
-    sets = {name: fingerprint(definition) for name, definition in entry.sets.items()}
-    manifest = getattr(entry.settings, "manifest", None)
+    settings = entry.resolved()
+    sets = dict(settings.get("sets", {}))
+    if settings.get("manifest"):
+        sets[""] = settings["manifest"]
     tree = {
         **identity,
         "evaluator": entry.evaluator,
-        "settings": entry.resolved(),
-        "sets": sets | ({"": fingerprint(manifest)} if manifest else {}),
+        "settings": settings,
+        "sets": {name: fingerprint(definition) for name, definition in sets.items()},
     }
     return storage.sha256_bytes(json.dumps(tree, sort_keys=True).encode())
 
 
 def fingerprint(definition: Any) -> str:
-    """Of a set: the sha256 of its manifest, which holds those of its shards; else of its definition
-    and of the small text files that clip-benchmark's folders have."""
-    manifest = definition.get("manifest") if isinstance(definition, dict) else definition
-    text = json.dumps(definition, sort_keys=True)
-    if manifest:
-        return storage.sha256_bytes(f"{text} {storage.sha256(str(manifest))}".encode())
-    url = definition.get("url")
-    names = ("classnames.txt", f"{definition.get('split', 'test')}/nshards.txt")
-    paths = [storage.join(str(url), name) for name in names] if url else []
-    found = [storage.sha256(p) for p in paths if storage.exists(p)]
-    return storage.sha256_bytes(f"{text} {found}".encode())
+    """Of what a set holds: of a manifest, which holds the hashes of its shards, its sha256; of a
+    folder in clip-benchmark's form its small text files and the sizes of its shards.
+
+    Args:
+        definition: path of a manifest, or a mapping with ``manifest``, or with ``url`` and
+            ``split``.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    fields = {"manifest": definition} if isinstance(definition, str) else dict(definition)
+    if fields.get("manifest"):
+        return storage.sha256(str(fields["manifest"]))
+    url, split = str(fields.get("url")), str(fields.get("split", "test"))
+    count = storage.join(url, split, "nshards.txt")
+    texts = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+    paths = [storage.join(url, name) for name in texts]
+    held: list[Any] = [storage.sha256(p) if storage.exists(p) else None for p in [*paths, count]]
+    if held[-1]:
+        shards = range(int(storage.read_bytes(count)))
+        held += [storage.size(storage.join(url, split, f"{i}.tar")) for i in shards]
+    return storage.sha256_bytes(json.dumps(held).encode())
 
 
 def run(

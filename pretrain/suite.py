@@ -27,7 +27,7 @@ class SuiteConfig(Config):
 
     Attributes:
         sets: definition of each data set by name: ``{manifest: …}``, or what else the evaluators'
-            ``sets`` take; a text alone is a manifest.
+            ``sets`` take.
         entries: by name: ``evaluator``, ``sets`` (names), ``sweep`` (field: list of values), and
             settings of the evaluator. ``null`` leaves out an entry of a base.
     """
@@ -166,8 +166,6 @@ def _definition(settings: type[EvaluatorConfig], definition: Any) -> Any:
     takes_text_alone = settings.model_fields["sets"].annotation == dict[str, str]
     if isinstance(definition, dict) and definition.keys() == {"manifest"} and takes_text_alone:
         return definition["manifest"]
-    if isinstance(definition, str) and not takes_text_alone:
-        return {"manifest": definition}
     return definition
 
 
