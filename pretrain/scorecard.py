@@ -15,7 +15,7 @@ from typing import Any
 from pretrain import comm, config, export, storage
 from pretrain.ckpt_tools import choose
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import ConfigError, PretrainError
+from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.evaluators.base import Result, Subject
 from pretrain.inference import Heads
 from pretrain.results import Finished, Folder, Model, Scorecard, finite
@@ -128,7 +128,13 @@ def fingerprint(definition: Any) -> str:
     """
     fields = {"manifest": definition} if isinstance(definition, str) else dict(definition)
     if fields.get("manifest"):
-        return storage.sha256(str(fields["manifest"]))
+        try:
+            return storage.sha256(str(fields["manifest"]))
+        except OSError as error:
+            raise DataError(
+                f"manifest={fields['manifest']!r} cannot be read ({error.strerror}); correct the "
+                "path in the suite, or make it with `python -m pretrain data index`"
+            ) from None
     url, split = str(fields.get("url")), str(fields.get("split", "test"))
     count = storage.join(url, split, "nshards.txt")
     texts = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
@@ -211,7 +217,8 @@ def summary(entry: Finished) -> str:
     """An entry's result on one line."""
     told = [f"{k} {v:.4g}" for k, v in entry.metrics.items() if v is not None and "cost/" not in k]
     more = f" (and {len(told) - 4} more)" if len(told) > 4 else ""
-    return f"{entry.seconds:.1f} s  {', '.join(told[:4])}{more}"
+    shown = f"{', '.join(told[:4])}{more}" or f"files: {', '.join(entry.files) or 'none'}"
+    return f"{entry.seconds:.1f} s  {shown}"
 
 
 def _subject(
