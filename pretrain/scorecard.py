@@ -7,7 +7,7 @@ it tells the others, errors included, so that no rank waits for one that has lef
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,16 +101,16 @@ def plan(suite: Suite, choice: Choice, folder: Folder) -> Plan:
 
 
 def key_of(identity: Mapping[str, Any], entry: Entry) -> str:
-    """sha256 of all that an entry's numbers depend on: model, settings, and what its sets hold."""
+    """sha256 of all that an entry's numbers depend on: model, settings, what its sets hold, and the
+    files that other settings name."""
     settings = entry.resolved()
-    sets = dict(settings.get("sets", {}))
-    if settings.get("manifest"):
-        sets[""] = settings["manifest"]
+    others = {k: v for k, v in settings.items() if k != "sets"}
     tree = {
         **identity,
         "evaluator": entry.evaluator,
         "settings": settings,
-        "sets": {name: fingerprint(definition) for name, definition in sets.items()},
+        "sets": {name: fingerprint(d) for name, d in settings.get("sets", {}).items()},
+        "files": {text: storage.sha256(file) for text, file in sorted(_files(others))},
     }
     return storage.sha256_bytes(json.dumps(tree, sort_keys=True).encode())
 
@@ -144,6 +144,17 @@ def fingerprint(definition: Any) -> str:
         shards = range(int(storage.read_bytes(count)))
         held += [storage.size(storage.join(url, split, f"{i}.tar")) for i in shards]
     return storage.sha256_bytes(json.dumps(held).encode())
+
+
+def _files(tree: Any) -> Iterator[tuple[str, str]]:
+    """Texts anywhere in settings that are paths of files, or of exported models, with the file."""
+    if isinstance(tree, Mapping | list):
+        for value in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _files(value)
+    elif isinstance(tree, str) and ("/" in tree or Path(tree).suffix):
+        for file in (Path(tree), Path(tree, "model.safetensors")):
+            if file.is_file():
+                yield tree, str(file)
 
 
 def run(

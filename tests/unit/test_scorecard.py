@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain import results
+from pretrain import results, scorecard
+from pretrain import suite as suites
 from pretrain.evaluators import retrieval, zero_shot
 from pretrain.evaluators.base import Result, Subject
 from pretrain.tracking.journal import JournalReader
@@ -150,6 +151,29 @@ def test_a_set_that_has_changed_is_scored_anew(made: Path, tmp_path: Path, capsy
     (tmp_path / "set/small.json").unlink()
     assert scored.evaluate(*call) == 2
     assert "small.json" in capsys.readouterr().err
+
+
+def test_a_file_that_a_setting_names_is_part_of_the_key(made: Path, tmp_path: Path) -> None:
+    """Such as a validation's manifest, or an exported model that judges: by content, not by name."""
+    manifest = scored.make_set(tmp_path / "set")
+    entry = {"evaluator": "validation", "manifest": manifest}
+    identity = {"checkpoint": "c"}
+
+    def key() -> str:
+        path = scored.make_suite(tmp_path / "suite.yaml", manifest, losses=entry)
+        return scorecard.key_of(identity, suites.load(path).entries[0])
+
+    first = key()
+    assert key() == first
+    shutil.rmtree(tmp_path / "set")
+    scored.make_set(tmp_path / "set", pictures=5)
+    assert key() != first
+    model = tmp_path / "judge"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    assert dict(
+        scorecard._files({"judge": str(model), "x": ["owl", str(tmp_path / "no.bin")]})
+    ) == {str(model): str(model / "model.safetensors")}
 
 
 def test_bad_choices_are_told_before_anything_is_loaded(
