@@ -230,8 +230,8 @@ def _around(
     room = (high - low) * margin or abs(high) * 0.1 or 1.0
     bottom = low - room
     if low >= 0:
-        bottom = max(0.0, bottom)
-    return (0.0 if from_zero and low >= 0 else bottom), high + (0.0 if from_zero else room)
+        bottom = 0.0 if from_zero else max(0.0, bottom)
+    return bottom, high if from_zero and high > bottom else high + room
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:

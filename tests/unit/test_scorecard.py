@@ -154,7 +154,7 @@ def test_a_set_that_has_changed_is_scored_anew(made: Path, tmp_path: Path, capsy
 
 
 def test_a_file_that_a_setting_names_is_part_of_the_key(made: Path, tmp_path: Path) -> None:
-    """Such as a validation's manifest, or an exported model that judges: by content, not by name."""
+    """Such as a validation's manifest, or an exported model: by content, not by name."""
     manifest = scored.make_set(tmp_path / "set")
     entry = {"evaluator": "validation", "manifest": manifest}
     identity = {"checkpoint": "c"}
