@@ -58,13 +58,7 @@ def _load(
     tokenizer.check(checkpoint.run["tokenizer_sha256"])
     task = build_task(config, tokenizer)
     parts = Parts(checkpoint.folder)
-    kind = weights or (WEIGHTS if config.ema.use is None else ema.kind(config.ema.use))
-    kinds = [k for k in parts.kinds if k == WEIGHTS or k.startswith("ema-")]
-    if kind not in kinds:
-        raise CheckpointError(
-            f"weights={kind!r} is not in checkpoint {str(checkpoint.folder)!r}; there are "
-            f"{', '.join(kinds)}"
-        )
+    kind = weights_of(checkpoint, config, weights)
     expected = dict(task.named_parameters())
     wrong = [n for n, p in expected.items() if parts.shapes.get(n) != tuple(p.shape)]
     if wrong:
@@ -77,6 +71,22 @@ def _load(
         for name, parameter in expected.items():
             parameter.copy_(parts.whole(kind, name))
     return task.eval(), config, tokenizer, checkpoint, kind
+
+
+def weights_of(checkpoint: Checkpoint, config: RunConfig, weights: str | None) -> str:
+    """Which weights of a checkpoint are meant: ``weights``, else those of the run's ``ema.use``.
+
+    Raises:
+        CheckpointError: it has none such.
+    """
+    kind = weights or (WEIGHTS if config.ema.use is None else ema.kind(config.ema.use))
+    kinds = [k for k in Parts(checkpoint.folder).kinds if k == WEIGHTS or k.startswith("ema-")]
+    if kind not in kinds:
+        raise CheckpointError(
+            f"weights={kind!r} is not in checkpoint {str(checkpoint.folder)!r}; there are "
+            f"{', '.join(kinds)}"
+        )
+    return kind
 
 
 def export(

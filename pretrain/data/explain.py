@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pretrain import storage
-from pretrain.data import page
-from pretrain.data.show import escape, number, plain
 from pretrain.data.source import Place, Source
+from pretrain.page.document import document, figures
+from pretrain.page.show import escape, number, plain
 
 TILE = 128  # pixels of a picture on the sheet, at least
 TASK = 64  # samples read at a time
@@ -195,7 +195,7 @@ def html(lines: Sequence[Line], title: str) -> str:
         f"<tbody>{''.join(_row(line, several) for line in lines)}</tbody></table></div>"
     )
     lead = "What the loader gives for these sample numbers, on any rank and at any time."
-    return page.document("Samples of a step", title, lead, page.figures(entries), body, "")
+    return document("Samples of a step", title, lead, figures(entries), body, "")
 
 
 def _figure(line: Line) -> str:

@@ -1,37 +1,19 @@
-"""A `Survey` as one HTML page that needs nothing else: no script, no network, pictures inlined.
-
-Captions, keys and names come from strangers: all pass through `show.escape`, and the page's content
-policy lets nothing load or run.
-"""
+"""A `Survey` as one HTML page. Captions, keys and names come from strangers: all pass through
+`show.escape`."""
 
 from collections import Counter
-from collections.abc import Sequence
-from importlib import resources
-from string import Template
 
 import numpy as np
 
-from pretrain.data import show
 from pretrain.data.inspect import Numbers, Picture, ShardFacts, Survey
 from pretrain.data.manifest import ASPECTS
-from pretrain.data.show import escape, number
+from pretrain.page import show
+from pretrain.page.document import card, document, figures
+from pretrain.page.show import escape, number
 
 CAPTION_CHARACTERS = 600  # of a caption that are shown
 ASPECT_NAMES = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 assert len(ASPECT_NAMES) == len(ASPECTS)
-
-
-def document(over: str, title: str, lead: str, figures: str, body: str, footer: str) -> str:
-    """A page of the house's looks; every argument but ``title`` and ``over`` is HTML."""
-    template = resources.files("pretrain.data").joinpath("page.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        over=escape(over),
-        title=escape(title),
-        lead=lead,
-        figures=figures,
-        body=body,
-        footer=footer,
-    )
 
 
 def render(s: Survey) -> str:
@@ -91,14 +73,6 @@ def _figures(s: Survey) -> str:
     return figures(entries)
 
 
-def figures(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Key figures: (name, value, note) each, as HTML."""
-    return "".join(
-        f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
-        for name, value, note in entries
-    )
-
-
 def _sheet_note(s: Survey) -> str:
     shown = f"{number(len(s.pictures))} of {number(s.samples)}, drawn at random. "
     return (
@@ -134,9 +108,9 @@ def _caption_charts(s: Survey) -> str:
     unit = s.caption_unit
     length = show.histogram(s.caption_lengths, "captions", unit)
     told = f"90 % have {number(short)} to {number(long)} {unit}."
-    cards = [_card("Length", length, told)]
+    cards = [card("Length", length, told)]
     words = show.ranking(s.words, "words with their counts")
-    cards.append(_card("Most frequent words", words, "Without “a”, “of”, “the” and their like."))
+    cards.append(card("Most frequent words", words, "Without “a”, “of”, “the” and their like."))
     repeated = [(_cut(text), n) for text, n in s.repeated if n > 1]
     shown = (
         show.ranking(repeated, "captions with their counts")
@@ -144,7 +118,7 @@ def _caption_charts(s: Survey) -> str:
         else '<p class="only"><b class="good">None</b> is said twice</p>'
     )
     different = f"{number(s.distinct)} of {number(len(s.caption_lengths))} are different."
-    cards.append(_card("Captions said most often", shown, different, wide=True))
+    cards.append(card("Captions said most often", shown, different, wide=True))
     return "".join(cards)
 
 
@@ -158,20 +132,20 @@ def _picture_charts(s: Survey) -> str:
     known = s.sizes[s.sizes.min(axis=1) > 0] if len(s.sizes) else s.sizes
     if len(known):
         shorter = show.histogram(known.min(axis=1), "pictures", "px, shorter side")
-        cards.append(_card("Size", shorter, _common_size(known)))
+        cards.append(card("Size", shorter, _common_size(known)))
     if (s.aspects > 0).sum() == 1:
         name = ASPECT_NAMES[int(s.aspects.argmax())]
         aspects = f'<p class="only"><b>{name}</b> all {number(s.aspects.sum())} pictures alike</p>'
     else:
         aspects = show.categories(s.aspects.tolist(), ASPECT_NAMES, "pictures", "width : height")
     told = "By the nearest of the trainer's aspect buckets."
-    cards.append(_card("Aspect ratio", aspects, told))
+    cards.append(card("Aspect ratio", aspects, told))
     unit, divisor = ("MiB", 1 << 20) if np.median(s.sample_bytes) > 1 << 20 else ("KiB", 1 << 10)
     # A tar pads to blocks of 512 bytes.
     grain = 512 / divisor
     spread = show.histogram(s.sample_bytes / divisor, "samples", f"{unit} a sample", grain=grain)
     short, long = (show.size(q) for q in _middle(s.sample_bytes))
-    cards.append(_card("Bytes", spread, f"90 % take {short} to {long}, headers included."))
+    cards.append(card("Bytes", spread, f"90 % take {short} to {long}, headers included."))
     return "".join(cards)
 
 
@@ -249,12 +223,6 @@ def _shard_row(f: ShardFacts, largest: int) -> str:
         f'<td><span class="bar"><i style="width:{100 * f.bytes / largest:.1f}%"></i></span></td>'
         f'<td class="n">{each}</td><td{colour}>{number(f.refused)}</td></tr>'
     )
-
-
-def _card(title: str, chart: str, note: str = "", wide: bool = False) -> str:
-    kind = "card wide" if wide else "card"
-    below = f"<p>{escape(note)}</p>" if note else ""
-    return f'<section class="{kind}"><h3>{escape(title)}</h3>{chart}{below}</section>'
 
 
 def _refused_samples(s: Survey) -> int:

@@ -31,8 +31,8 @@ from pretrain.data.packed import compression, open_unpacked
 from pretrain.data.reader import MemberTable, ReadConfig
 from pretrain.data.samples import IMAGE_EXTENSIONS, Bounds, Refused, decode
 from pretrain.data.shards import MemberBounds, RawSample, read_sample
-from pretrain.data.show import plain
 from pretrain.errors import DataError
+from pretrain.page.show import plain
 
 Rows = npt.NDArray[np.void]
 KEPT = 10_000  # problems that are kept one by one; all are counted

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from pretrain import storage
     from pretrain.commands._data._meter import Meter
     from pretrain.data import pack, prepare, rows
-    from pretrain.data.show import plain
     from pretrain.errors import ConfigError
+    from pretrain.page.show import plain
 
     for name, least in (
         *(("shard_mib", 1), ("shard_samples", 1), ("max_side", 1), ("min_side", 1)),

@@ -15,11 +15,12 @@ from PIL import Image
 
 from pretrain import __main__ as cli
 from pretrain.data import inspect as surveys
-from pretrain.data import page, show
+from pretrain.data import page
 from pretrain.data.inspect import Survey, survey
 from pretrain.data.manifest import ASPECTS, Manifest
 from pretrain.data.samples import Bounds
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.page import show
 from tests.unit.data.conftest import Member, good, index, png, write_tar
 
 BOUNDS = Bounds(1 << 20, 1 << 20)

@@ -118,7 +118,7 @@ def _bars(
     wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     floor = HEIGHT - BOTTOM
     most = int(counts.max())
-    step = _nice(most / 3)
+    step = nice(most / 3)
     top = max(step * math.ceil(most / step), 1)
     total = max(1, int(counts.sum()))
     parts = []
@@ -176,19 +176,19 @@ def _edges(
         edges = np.exp2(np.linspace(first, last, bars + 1))
         every = max(1, round((last - first) / 5))
         return edges, [2.0**p for p in range(first, last + 1, every)]
-    step = _nice((high - low) / BINS)
+    step = nice((high - low) / BINS)
     if grain and high - low <= BINS * grain:
         step = grain
     elif grain:
         step = math.ceil(step / grain) * grain
     # One bar more than reaches ``high``: bars hold their lower bound, not their upper.
     edges = np.arange(math.floor(low / step), math.floor(high / step) + 2) * step
-    wide = max(_nice((edges[-1] - edges[0]) / 6), grain)
+    wide = max(nice((edges[-1] - edges[0]) / 6), grain)
     ticks = range(math.ceil(edges[0] / wide), math.floor(edges[-1] / wide) + 1)
     return edges, [i * wide for i in ticks]
 
 
-def _nice(step: float) -> float:
+def nice(step: float) -> float:
     """The next of 1, 2, 5 × 10^n that is not below ``step``."""
     power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * 0.999)
