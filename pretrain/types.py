@@ -156,8 +156,8 @@ class ModelOutput:
     Attributes:
         f_z_BCHW: the image stream's raw output F (what it stands for is the parametrisation's
             business); None where no objective reads the generation half.
-        e0_hat_BE: the text stream's estimate of the clean query e_0, not normalised; None where no
-            objective reads the alignment half.
+        e0_hat_BE: the estimate of the clean query e_0 that the text stream's output stands for,
+            not normalised; None where no objective reads the alignment half.
     """
 
     f_z_BCHW: Tensor | None

@@ -33,7 +33,8 @@ class ModelConfig(Config):
         autoencoder: pixels to latents.
         unet, text_encoder, text_stream: the parts.
         image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for
-            the image and x0 for the text query.
+            the image and x0 for the text query; where the text stream predicts eps (as its Fig. 2
+            draws it) the path turns it into ê_0, which is what losses and chains read.
     """
 
     image_size: int = 32
@@ -64,11 +65,6 @@ class ModelConfig(Config):
                     "levels); "
                     f"try {max(step, self.image_size // step * step)}"
                 )
-        if self.text_path.predict != "x0":
-            raise ValueError(
-                f"text_path.predict={self.text_path.predict!r}: the alignment loss reads ê_0 "
-                "(DiffDis Eq. 8); use x0"
-            )
         return self
 
 
@@ -191,7 +187,7 @@ class DiffDis(nn.Module):
                     z_path.network_input(noised.z_BCHW, clean),
                     z_path.schedule.embed(clean),
                     noised.null_c_BLD,  # never the caption: it would leak the answer
-                    noised.e_t_BE,
+                    e_path.network_input(noised.e_t_BE, noised.t_e_B),
                     e_path.schedule.embed(noised.t_e_B),
                     torch.ones_like(noised.t_e_B, dtype=torch.bool),
                 )
@@ -202,7 +198,8 @@ class DiffDis(nn.Module):
         if generation:
             f_z = self.trunk.decode(encoded.first(n), noised.c_BLD.to(dtype)).float()
         if alignment:
-            e0_hat = self.trunk.predict_query(encoded.last(n)).float()
+            f_e = self.trunk.predict_query(encoded.last(n)).float()
+            e0_hat = e_path.x0_of(f_e, noised.e_t_BE, noised.t_e_B)
         return ModelOutput(f_z, e0_hat)
 
     def denoise_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
@@ -232,8 +229,9 @@ class DiffDis(nn.Module):
             self.image_path.network_input(z_BCHW, clean).to(self.dtype),
             self.image_path.schedule.embed(clean),
             null_c_1LD.expand(len(z_BCHW), -1, -1).to(self.dtype),
-            e_t_BE.to(self.dtype),
+            self.text_path.network_input(e_t_BE, t_e_B).to(self.dtype),
             self.text_path.schedule.embed(t_e_B),
             torch.ones(len(z_BCHW), dtype=torch.bool, device=z_BCHW.device),
         )
-        return self.trunk.predict_query(encoded).float()
+        f_e = self.trunk.predict_query(encoded).float()
+        return self.text_path.x0_of(f_e, e_t_BE, t_e_B)
