@@ -1,4 +1,4 @@
-"""What the text stream's output stands for: ê_0 by the path's closed form, in the loss and in the chain."""
+"""What the text stream's output stands for: ê_0 by the path's closed form, in loss and chain."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ def test_the_right_eps_gives_the_clean_query_back() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("predict", ["x0", "eps"])
 def test_the_chain_follows_ddim_in_closed_form(predict: str) -> None:
-    """Two steps of Alg. 3 by hand: e_T = noise, ê_0 on the unit sphere, eps from it, the next e_t."""
+    """Two steps of Alg. 3 by hand: e_T noise, ê_0 on the unit sphere, eps from it, the next e_t."""
     task, row = of(predict)
     heads = Heads(task.model, InferenceConfig())
     images = torch.zeros(1, 3, tiny.SIZE, tiny.SIZE)
@@ -79,9 +79,7 @@ def test_the_chain_follows_ddim_in_closed_form(predict: str) -> None:
     e0 = estimate(e_t, alpha, sigma)
     eps = (e_t - GAMMA * alpha * e0) / sigma
     e_t = GAMMA * alpha_next * e0 + sigma_next * eps
-    torch.testing.assert_close(
-        found, estimate(e_t, alpha_next, sigma_next), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(found, estimate(e_t, alpha_next, sigma_next), rtol=1e-4, atol=1e-4)
 
 
 def test_eps_trains_the_head_and_the_text_encoder() -> None:
