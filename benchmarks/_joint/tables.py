@@ -67,9 +67,11 @@ def render(path: Path) -> str:
 def table(
     title: str, names: Iterable[str], lines: Lines, columns: Sequence[tuple[str, str, Any]]
 ) -> str:
-    """Mean ± standard deviation over seeds, a row a variant."""
+    """Mean ± standard deviation over seeds, a row a variant; no column without a value."""
     names = list(names)
     shown = [c for c in columns if any(_values(lines[n], c[1]) for n in names)]
+    if not shown:
+        return ""
     rows = [[title, "seeds", "samples", *(c[0] for c in shown)]]
     for name in names:
         cells = [
