@@ -1,7 +1,7 @@
 """What the study measures of a trained cell: `python -m benchmarks._joint.score TASK RESULT`.
 
-The adapter between the study and the project's evaluators: everything here calls what `python -m
-pretrain evaluate` calls, on one rank, and adds the hits picture by picture that paired tests need.
+It calls the heads that `python -m pretrain evaluate` calls, on one rank, with the evaluators' rules
+for ties, and keeps the hits picture by picture that paired tests need.
 """
 
 import hashlib
@@ -22,10 +22,7 @@ from pretrain import config as configs
 from pretrain.data.evalset import LabelledSet, load_labelled
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluators import validation
-from pretrain.evaluators._embed import embed_images, embed_texts
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.retrieval import recall_at
-from pretrain.evaluators.zero_shot import ranks_of_truth
 from pretrain.inference import Heads
 from pretrain.rng import generator
 from pretrain.run_config import RunConfig
@@ -121,9 +118,12 @@ def discriminate(
 ) -> None:
     """Zero-shot accuracy and retrieval on one set, from one embedding of its pictures."""
     began = time.monotonic()
-    e0_hat = embed_images(subject, data.images_NCHW, 0, *chain)
+    parts = data.images_NCHW.split(64)
+    e0_hat = torch.cat([subject.heads.embed_images(part, 0, *chain) for part in parts])
     seconds = time.monotonic() - began
-    classes = F.normalize(embed_texts(subject, list(data.classes)), dim=-1)
+    length = subject.heads.model.config.text_encoder.length
+    tokens, mask = subject.tokenizer.encode(list(data.classes), length)
+    classes = F.normalize(subject.heads.embed_tokens(tokens, mask), dim=-1)
     ranks = ranks_of_truth(e0_hat, classes, data.labels_N)
     metrics = found["metrics"]
     metrics |= {
@@ -140,6 +140,19 @@ def discriminate(
     for k in (1, 10):
         metrics[f"retrieval/{name}/image_to_text_r{k}"] = recall_at(scores, relevant, k)
         metrics[f"retrieval/{name}/text_to_image_r{k}"] = recall_at(scores.T, relevant.T, k)
+
+
+def ranks_of_truth(e0_hat_NE: Tensor, classes_KE: Tensor, labels_N: Tensor) -> Tensor:
+    """How many classes score above the true one, (N,); ties and NaN count against the model."""
+    scores = e0_hat_NE @ classes_KE.T
+    return (~(scores < scores.gather(1, labels_N[:, None]))).sum(1) - 1
+
+
+def recall_at(scores_QG: Tensor, relevant_QG: Tensor, k: int) -> float:
+    """Share of queries with a relevant item among the k best; ties count against the model."""
+    best = scores_QG.masked_fill(~relevant_QG, float("-inf")).max(1, keepdim=True).values
+    better = (~(scores_QG < best) & ~relevant_QG).sum(1)
+    return (better < k).float().mean().item()
 
 
 def grid(subject: Subject, task: dict[str, Any], found: dict[str, Any]) -> None:
