@@ -152,15 +152,22 @@ class ShardReader:
         Raises:
             UnreadableShard: its bytes cannot be had, or are not those that were indexed.
         """
-        ((found,),) = self.read_many([(dataset, shard, index)])
+        (found,) = self.read_many([(dataset, shard, index)])
         if isinstance(found, UnreadableShard):
             raise found
         return found
 
     def read_many(
         self, samples: Sequence[tuple[int, int, int]]
+    ) -> Iterator[Read | UnreadableShard]:
+        """What `read` gives or raises for each (data set, shard, index), in order."""
+        for group in self.read_groups(samples):
+            yield from group
+
+    def read_groups(
+        self, samples: Sequence[tuple[int, int, int]]
     ) -> Iterator[list[Read | UnreadableShard]]:
-        """What `read` gives or raises for each (data set, shard, index), in order, in groups.
+        """The same in groups, at most `TOGETHER_BYTES` each unless one sample has more.
 
         A group is read before the first of it is used: between one picture's decoding and the next,
         the same code takes three times as long, for it is in no cache of the processor any more.

@@ -347,6 +347,7 @@ def picture(
     crop: Crop = "center",
     seed: int = 0,
     number: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(3, H, W) uint8: scaled until it just covers the shape, then cut to it.
 
@@ -355,9 +356,11 @@ def picture(
         shape_HW: height and width in pixels.
         crop: where it is cut along the side that is left over: the middle, or a place drawn from
             (seed, sample number).
+        out: where to write it; None: memory of its own.
     """
-    cut_CHW = fitted(image, shape_HW, crop, seed, number)
-    return torch.from_numpy(np.ascontiguousarray(cut_CHW))
+    out = torch.empty(3, *shape_HW, dtype=torch.uint8) if out is None else out
+    np.copyto(out.numpy(), fitted(image, shape_HW, crop, seed, number))
+    return out
 
 
 def fitted(

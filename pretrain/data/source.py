@@ -334,7 +334,7 @@ class Source:
         )
         samples: list[Sample] = []
         with without_warnings():
-            for reads in self._open().read_many([(p.dataset, p.shard, p.index) for p in places]):
+            for reads in self._open().read_groups([(p.dataset, p.shard, p.index) for p in places]):
                 here = places[len(samples) : len(samples) + len(reads)]
                 opened = deque(self._opened(p, r) for p, r in zip(here, reads, strict=True))
                 while opened:  # what is done with is let go, with its decoded picture
@@ -381,7 +381,7 @@ class Source:
         if found is not None:
             return found
         for other in self._substitutes(number, place):
-            ((read,),) = self._open().read_many([(other.dataset, other.shard, other.index)])
+            (read,) = self._open().read_many([(other.dataset, other.shard, other.index)])
             found = self._decoded(number, place, other, self._opened(other, read), row)
             if found is not None:
                 return replace(found, rejects=opened.rejects)
