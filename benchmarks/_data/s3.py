@@ -29,7 +29,8 @@ GOAL = 0.9
 COPIES = 10  # of each shard, under names of their own
 SAMPLES_PER_SHARD = 1280
 THREADS = 2  # shards under way in a process: as many as our read-ahead has
-CACHE_GIB = 0.25  # a quarter of the shards: each has left the cache when its turn comes again
+# Of the cache, in shards: six may be under way, and each must have left it when its turn comes again.
+KEPT_SHARDS = 8
 MOST_ROUNDS = 12
 SLICE = 2.0  # times the slice of the other contestants: a shard is 23 MB, or 1,280 pictures
 
@@ -66,6 +67,7 @@ def run(
         ]
         listed = memory.repeat(few, len(urls), Path(scratch) / "many", f"s3://{server.BUCKET}/many")
         fields = {"workers": task.workers, "manifest": str(listed), "urls": urls, "size": task.size}
+        fields["cache_gib"] = KEPT_SHARDS * max(Path(t).stat().st_size for t in tars) / (1 << 30)
         variables = environment(server.url)
 
         def entry(name: str, work: str) -> slices.Entry:
@@ -116,7 +118,7 @@ def _ours(task: dict[str, Any], worker: int, arrivals: Arrivals) -> None:
     from pretrain.data.reader import ReadConfig, ShardReader
 
     manifest = Manifest.load(task["manifest"])
-    reader = ShardReader([manifest], ReadConfig(cache=task["folder"], cache_gib=CACHE_GIB))
+    reader = ShardReader([manifest], ReadConfig(cache=task["folder"], cache_gib=task["cache_gib"]))
     places = [(0, number) for number in range(worker, len(manifest.shards), task["workers"])]
     for descriptor in _ahead(reader.open, itertools.cycle(places)):
         arrivals.add(worker, os.fstat(descriptor).st_size)
