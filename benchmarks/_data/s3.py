@@ -29,7 +29,7 @@ GOAL = 0.9
 COPIES = 10  # of each shard, under names of their own
 SAMPLES_PER_SHARD = 1280
 THREADS = 2  # shards under way in a process: as many as our read-ahead has
-# Of the cache, in shards: six may be under way, and each must have left it when its turn comes again.
+# Of the cache, in shards: six may be under way; each has left it when its turn comes again.
 KEPT_SHARDS = 8
 MOST_ROUNDS = 12
 SLICE = 2.0  # times the slice of the other contestants: a shard is 23 MB, or 1,280 pictures
