@@ -1,7 +1,7 @@
 """The data plane against webdataset as open_clip composes it, mosaicml-streaming, litdata and the
 bare limit: pictures a second, from the same shards, with as many processes.
 
-    python benchmarks/data.py [--samples 5000] [--workers 2] [--repeats 5] [--s3]
+    python benchmarks/data.py [--samples 5120] [--workers 2] [--repeats 24] [--s3]
 
 See benchmarks/README.md for what is measured and how.
 """
@@ -14,17 +14,19 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._data import corpus, environment, memory, process, s3
-from benchmarks._data.measure import Task, spread
+from benchmarks._data import corpus, environment, memory, process, s3, slices
+from benchmarks._data.measure import Task
 
 BATCH, SIZE = 64, 256
 TOKENIZER = str(corpus.ROOT / "data" / "emoji" / "tokenizer.model")
 GOAL_OF_LIMIT = 0.95
+# That the samples are listed, so that no epoch ends while the clock runs. Ours alone needs it not:
+# its epochs have no end.
+TIMES = 40
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,9 @@ class Bench:
             if peer.converts:
                 out = folder / peer.module
                 corpus.convert(self.python(peer), module(peer), str(folder / "tar"), out)
-        # Both multiples of the workers, together at most one epoch.
-        whole = args.samples // BATCH // args.workers * args.workers
-        self.warm_up = 2 * args.workers
-        self.batches = whole - self.warm_up
-        if self.batches < args.workers:
+        # A multiple of the workers, at most one epoch.
+        self.batches = args.samples // BATCH // args.workers * args.workers
+        if not self.batches:
             raise SystemExit(
                 f"error: --samples {args.samples} are too few for {args.workers} workers"
             )
@@ -85,7 +85,7 @@ class Bench:
         assert self.peers_python is not None
         return self.peers_python
 
-    def task(self, contestant: Contestant, mode: str) -> Task:
+    def task(self, contestant: Contestant, mode: str, times: int = 1) -> Task:
         """What its process is given."""
         return Task(
             mode=mode,
@@ -96,19 +96,29 @@ class Bench:
             batch=BATCH,
             workers=self.args.workers,
             size=SIZE,
-            warm_up=self.warm_up,
             batches=self.batches,
+            times=times,
         )
 
-    def run(self, contestant: Contestant, mode: str) -> dict[str, Any]:
-        """Its result, or ``{"failed": its last lines}``."""
+    def entry(self, contestant: Contestant) -> slices.Entry:
+        """Its process that delivers for as long as it is let."""
+        return slices.Entry(
+            contestant.name,
+            str(self.python(contestant)),
+            module(contestant),
+            self.task(contestant, "deliver", TIMES),
+            self.args.workers,
+        )
+
+    def hashes(self, contestant: Contestant) -> Counter[str] | None:
+        """Of its pictures with their captions; None if it failed."""
         try:
-            return process.run(
-                str(self.python(contestant)), module(contestant), self.task(contestant, mode)
-            )
+            task = self.task(contestant, "pixels")
+            found = process.run(str(self.python(contestant)), module(contestant), task)
         except process.Failed as error:
             print(f"{contestant.name} failed:\n{error}", file=sys.stderr)
-            return {"failed": str(error)}
+            return None
+        return Counter(found["hashes"])
 
 
 def module(contestant: Contestant) -> str:
@@ -120,58 +130,34 @@ def same_pixels(bench: Bench) -> dict[str, str]:
     """For each contestant whether its pictures, with their captions, are the limit's; by the way
     every file comes into the page cache."""
     answers = {}
-    expected = Counter(bench.run(LIMIT, "pixels").get("hashes", []))
+    expected = bench.hashes(LIMIT) or Counter()
     for contestant in bench.contestants:
-        if contestant is LIMIT:
-            continue
-        result = bench.run(contestant, "pixels")
-        if "failed" in result:
-            answers[contestant.name] = "failed"
-            continue
-        other = Counter(result["hashes"]) - expected
-        answers[contestant.name] = f"{other.total()} of {len(result['hashes'])} differ"
+        if contestant is not LIMIT:
+            found = bench.hashes(contestant)
+            answers[contestant.name] = (
+                "failed"
+                if found is None
+                else f"{(found - expected).total()} of {found.total()} differ"
+            )
     return answers
 
 
-def rounds(bench: Bench) -> list[dict[str, dict[str, Any]]]:
-    """One dict a round: each contestant's result, the limit's from before and after the others.
-
-    The order of the others turns by one each round.
-    """
-    found = []
-    others = [c for c in bench.contestants if c is not LIMIT]
-    for number in range(bench.args.repeats):
-        turn = number % len(others)
-        before = bench.run(LIMIT, "rate")
-        results = {c.name: bench.run(c, "rate") for c in others[turn:] + others[:turn]}
-        after = bench.run(LIMIT, "rate")
-        rates = [r["images_per_second"] for r in (before, after) if "failed" not in r]
-        results["limit"] = before | {"images_per_second": sum(rates) / max(1, len(rates))}
-        found.append(results)
-        line = ", ".join(
-            f"{name} {r.get('images_per_second', 0):.0f}" for name, r in results.items()
-        )
-        print(f"round {number + 1}/{bench.args.repeats}, images/s: {line}", flush=True)
-    return found
-
-
-def summary(found: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Median, least and greatest of each contestant over the rounds."""
+def summary(race: slices.Race) -> dict[str, dict[str, Any]]:
+    """What the slices of each contestant come to."""
     table: dict[str, dict[str, Any]] = {}
-    for name in found[0]:
-        good = [r for r in found if "failed" not in r[name] and "failed" not in r["limit"]]
-        if not good:
-            table[name] = {"failed": True}
+    for name in dict.fromkeys([n for r in race.rounds for n in r] + list(race.failed)):
+        ratios = race.ratios(name, LIMIT.name)
+        if name in race.failed or not ratios:
+            table[name] = {"failed": race.failed.get(name, "too little arrived in its slices")}
             continue
-        rates = [r[name]["images_per_second"] for r in good]
-        ratios = [x / r["limit"]["images_per_second"] for x, r in zip(rates, good, strict=True)]
+        mine = [r[name] for r in race.rounds if name in r]
         table[name] = {
-            "images_per_second": spread(rates),
-            "of_limit": spread(ratios),
-            "cpu_ms_per_image": median(r[name]["cpu_ms_per_image"] for r in good),
-            # (The limit has no first batch.)
-            "first_batch_seconds": median(r[name].get("first_batch_seconds", 0.0) for r in good),
-            "peak_rss_mib": max(r[name]["peak_rss_mib"] for r in good),
+            "images_per_second": slices.spread([one.rate for one in mine]),
+            "of_limit": slices.spread(ratios),
+            "of_limit_by_cpu": slices.spread(race.ratios(name, LIMIT.name, cpu=True)),
+            "cpu_ms_per_image": slices.spread([one.cpu_ms for one in mine]),
+            "first_batch_seconds": race.first_seconds[name],
+            "peak_rss_mib": max(one.rss_bytes for one in mine) / (1 << 20),
         }
     return table
 
@@ -183,32 +169,27 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def ahead(found: list[dict[str, dict[str, Any]]], peer: str) -> dict[str, float] | None:
-    """Ours over a peer, round by round."""
-    good = [r for r in found if "failed" not in r["ours"] and "failed" not in r[peer]]
-    ratios = [r["ours"]["images_per_second"] / r[peer]["images_per_second"] for r in good]
-    return spread(ratios) if ratios else None
+def interval(found: dict[str, float]) -> str:
+    """A median and the 95% interval of it."""
+    return f"{found['median']:.3f} ({found['from']:.3f}-{found['to']:.3f})"
 
 
 def show(table: dict[str, dict[str, Any]]) -> None:
     """Print the table, fastest first; then who failed."""
-    columns = ("images/s", "(least-greatest)", "of limit", "(least-greatest)")
-    columns = (*columns, "CPU ms", "first batch", "peak RSS")
-    widths = (9, 18, 10, 18, 8, 13, 11)
+    columns = ("images/s", "of limit", "by CPU", "CPU ms", "first batch", "peak RSS")
+    widths = (10, 22, 22, 9, 13, 12)
     rows = [columns]
     names = [""]
     done = [(name, row) for name, row in table.items() if "failed" not in row]
     for name, row in sorted(done, key=lambda x: -x[1]["of_limit"]["median"]):
-        rate, part = row["images_per_second"], row["of_limit"]
         names.append(name)
         rows.append(
             (
-                f"{rate['median']:.0f}",
-                f"({rate['least']:.0f}-{rate['greatest']:.0f})",
-                f"{part['median']:.3f}",
-                f"({part['least']:.3f}-{part['greatest']:.3f})",
-                f"{row['cpu_ms_per_image']:.2f}",
-                f"{row['first_batch_seconds']:.1f} s" if row["first_batch_seconds"] else "-",
+                f"{row['images_per_second']['median']:.0f}",
+                interval(row["of_limit"]),
+                interval(row["of_limit_by_cpu"]),
+                f"{row['cpu_ms_per_image']['median']:.2f}",
+                f"{row['first_batch_seconds']:.1f} s",
                 f"{row['peak_rss_mib']:.0f} MiB",
             )
         )
@@ -224,24 +205,22 @@ def goal(name: str, met: bool, figures: str) -> dict[str, Any]:
     return {"goal": name, "met": met, "figures": figures}
 
 
-def judge(bench: Bench, report: dict[str, Any]) -> list[dict[str, Any]]:
+def judge(bench: Bench, race: slices.Race, report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every goal of the run."""
     goals = []
     for name, answer in report["pixels"].items():
         goals.append(goal(f"same pixels and captions: {name}", answer.startswith("0 of"), answer))
-    if report["rounds"]:
-        ours = report["table"]["ours"]
-        part = ours["of_limit"]["median"] if "failed" not in ours else 0.0
+    if race.rounds:
+        ours = race.ratios(OURS.name, LIMIT.name)
+        part = slices.spread(ours) if ours else None
+        met = bool(part and part["median"] >= GOAL_OF_LIMIT)
         goals.append(
-            goal(f"ours >= {GOAL_OF_LIMIT} of the limit", part >= GOAL_OF_LIMIT, f"{part:.3f}")
+            goal(f"ours >= {GOAL_OF_LIMIT} of the limit", met, interval(part) if part else "-")
         )
         for peer in PEERS if bench.peers_python else ():
-            lead = ahead(report["rounds"], peer.name)
-            text = (
-                f"{lead['median']:.3f} ({lead['least']:.3f}-{lead['greatest']:.3f})"
-                if lead
-                else "-"
-            )
+            ratios = race.ratios(OURS.name, peer.name)
+            lead = slices.spread(ratios) if ratios else None
+            text = interval(lead) if lead else "-"
             goals.append(
                 goal(f"ours ahead of {peer.name}", bool(lead and lead["median"] > 1), text)
             )
@@ -254,16 +233,19 @@ def judge(bench: Bench, report: dict[str, Any]) -> list[dict[str, Any]]:
         )
         goals.append(goal("memory flat in shards", growth <= memory.FLAT, figures))
     if "s3" in report:
-        found = report["s3"]["found"]
-        for what, ratio in (("MB/s", "of_raw"), ("images/s", "of_raw_images")):
-            part = report["s3"][ratio]
-            ours, raw = ("ours", "raw") if what == "MB/s" else ("ours_images", "raw_images")
-            figures = (
-                f"{part['median']:.3f} ({part['least']:.3f}-{part['greatest']:.3f}), "
-                f"{median(found[ours]):.0f} of {median(found[raw]):.0f} {what}"
-            )
-            met = part["median"] >= s3.GOAL
-            goals.append(goal(f"from S3 >= {s3.GOAL} of a loop of GETs, {what}", met, figures))
+        for what, ours, other, wanted in s3.COMPARED:
+            ratio = report["s3"]["ratios"].get(f"{ours} / {other}")
+            text, met = "-", False
+            if ratio:
+                scale = 1e6 if what == "MB/s" else 1
+                one, two = (report["s3"]["rates"][n]["median"] / scale for n in (ours, other))
+                text = f"{interval(ratio['clock'])}, by CPU {interval(ratio['cpu'])}; "
+                text += f"{one:.0f} of {two:.0f} {what}"
+                met = ratio["clock"]["median"] >= s3.GOAL
+            if wanted:
+                goals.append(goal(f"from S3 >= {s3.GOAL} of a loop of {other}", met, text))
+            else:
+                print(f"      from S3, of a loop of {other}: {text}")
     return goals
 
 
@@ -274,7 +256,13 @@ def main() -> int:
     )
     parser.add_argument("--samples", type=int, default=5120, help="pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=24, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--slice",
+        type=float,
+        default=2.5,
+        help="seconds that each has the machine in a round (default: %(default)s)",
+    )
     parser.add_argument(
         "--peers", choices=("all", "none"), default="all", help="none: limit and ours"
     )
@@ -294,16 +282,20 @@ def main() -> int:
         "python": platform.python_version(),
     }
     report["pixels"] = same_pixels(bench)
-    report["rounds"] = rounds(bench)
-    report["table"] = summary(report["rounds"]) if report["rounds"] else {}
+    entries = [bench.entry(contestant) for contestant in bench.contestants]
+    race = slices.race(entries, args.repeats, args.slice, "images/s")
+    report["rounds"] = [{n: vars(one) for n, one in r.items()} for r in race.rounds]
+    report["table"] = summary(race)
     show(report["table"])
     if not args.no_memory:
         task = {"tokenizer": TOKENIZER, "batch": BATCH}
         report["memory"] = memory.by_shards(bench.source, bench.folder, task)
     if args.s3:
-        task = bench.task(OURS, "rate")
-        report["s3"] = s3.run(bench.source, args.samples, bench.folder, args.repeats, task)
-    report["goals"] = judge(bench, report)
+        task = bench.task(OURS, "deliver")
+        report["s3"] = s3.run(
+            bench.source, args.samples, bench.folder, args.repeats, args.slice, task
+        )
+    report["goals"] = judge(bench, race, report)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1))

@@ -1,6 +1,8 @@
 """litdata: chunks made by its ``optimize``, its StreamingDataLoader."""
 
+import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,29 @@ class _Pictures(StreamingDataset):
 
 
 def batches(task: Task) -> Iterator[tuple[Any, list[str]]]:
-    """One rank's batches of one epoch."""
-    dataset = _Pictures(task.size, task.converted, shuffle=True, drop_last=True)
-    yield from StreamingDataLoader(
-        dataset, batch_size=task.batch, num_workers=task.workers, drop_last=True
-    )
+    """One rank's batches, epoch after epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = task.converted if task.times == 1 else repeat(Path(task.converted), task, folder)
+        dataset = _Pictures(task.size, listed, shuffle=True, drop_last=True)
+        loader = StreamingDataLoader(
+            dataset, batch_size=task.batch, num_workers=task.workers, drop_last=True
+        )
+        while True:
+            yield from loader
+
+
+def repeat(converted: Path, task: Task, folder: str) -> str:
+    """``folder`` filled with an index that lists the chunks again and again, under names of their
+    own that all lead to the same few files."""
+    index = json.loads((converted / "index.json").read_text())
+    listed = []
+    for number in range(task.times):
+        for chunk in index["chunks"]:
+            name = chunk["filename"].replace("chunk-0-", f"chunk-0-{number:03d}")
+            (Path(folder) / name).symlink_to(converted / chunk["filename"])
+            listed.append(chunk | {"filename": name})
+    (Path(folder) / "index.json").write_text(json.dumps(index | {"chunks": listed}))
+    return folder
 
 
 if __name__ == "__main__":

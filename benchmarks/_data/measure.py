@@ -1,23 +1,22 @@
-"""What a contestant's process does: take batches from its loader, by the clock or for their pixels.
+"""What a contestant's process does: take batches from its loader and note when each came, or
+hash their pixels.
 
 Every contestant is `python -m benchmarks._data.NAME TASK.json RESULT.json` and calls `main` with a
-function that makes its loader. The clock runs from batch `warm_up` to batch `warm_up + batches`,
-inside one epoch: starts and ends of epochs are in nobody's figure. Both numbers are multiples of
-the number of workers, which deliver in turn, so that no work done before the clock started counts.
+function that makes its loader.
 """
 
 import hashlib
 import json
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks._data import tree
+ARRIVAL = struct.Struct("<qqq")  # nanoseconds of the monotonic clock, lane, amount
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,16 @@ class Task:
     """What to do.
 
     Attributes:
-        mode: ``rate`` or ``pixels``.
+        mode: ``deliver`` or ``pixels``.
         shards: webdataset tars.
         manifest, tokenizer: ours.
         converted: folder of the shards as the contestant keeps them.
         batch, workers, size: samples of a batch, processes, pixels on a side.
-        warm_up, batches: batches before the clock starts, and on the clock.
-        started: when the process was started, by the clock of the day.
+        batches: of mode ``pixels``, at most an epoch.
+        times: that the samples are listed again and again in an epoch, to make it a long one.
+        arrivals: file that takes an `ARRIVAL` for each batch, of mode ``deliver``.
         cache: of our loader, for remote shards.
+        streams: whether our loader's order reads few shards at a time.
     """
 
     mode: str
@@ -43,47 +44,51 @@ class Task:
     batch: int
     workers: int
     size: int
-    warm_up: int
-    batches: int
-    started: float = 0.0
+    batches: int = 0
+    times: int = 1
+    arrivals: str = ""
     cache: str = ""
+    streams: bool = False
 
 
 # (images (B, 3, size, size) uint8, the captions), endless or not.
 Batches = Iterable[tuple[Any, Iterable[str]]]
 
 
+class Arrivals:
+    """Notes what arrived when, for the process that holds the clock; several processes may append
+    to one file."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def add(self, lane: int, amount: int) -> None:
+        """``amount`` has come from a lane: a worker, whose deliveries come one after another."""
+        os.write(self._file, ARRIVAL.pack(time.monotonic_ns(), lane, amount))
+
+
 def main(make: Callable[[Task], Batches]) -> None:
-    """Do the task of the command line with ``make``'s loader; write the result as JSON."""
+    """Do the task of the command line with ``make``'s loader."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text()))
-    result = {"rate": rate, "pixels": pixels}[task.mode](task, iter(make(task)))
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    batches = iter(make(task))
+    if task.mode == "deliver":
+        deliver(task, batches)
+    else:
+        Path(sys.argv[2]).write_text(json.dumps(pixels(task, batches)))
 
 
-def rate(task: Task, batches: Iterator[tuple[Any, Iterable[str]]]) -> dict[str, float]:
-    """Images a second; processor time of all processes together, an image; and seconds from the
-    process's start to the first batch."""
-    _check(task, next(batches)[0])
-    first_seconds = time.time() - task.started
-    for _ in range(task.warm_up - 1):
-        next(batches)
-    cpu_seconds, start = tree.cpu_seconds(os.getpid()), time.perf_counter()
-    for _ in range(task.batches):
-        images, _ = next(batches)
-    seconds = time.perf_counter() - start
-    cpu_seconds = tree.cpu_seconds(os.getpid()) - cpu_seconds
-    _check(task, images)
-    return {
-        "images_per_second": task.batches * task.batch / seconds,
-        "cpu_ms_per_image": cpu_seconds * 1000 / (task.batches * task.batch),
-        "first_batch_seconds": first_seconds,
-    }
+def deliver(task: Task, batches: Iterator[tuple[Any, Iterable[str]]]) -> None:
+    """Take every batch as soon as there is one. Workers deliver in turn."""
+    arrivals = Arrivals(task.arrivals)
+    for number, (images, _) in enumerate(batches):
+        _check(task, images)
+        arrivals.add(number % task.workers, task.batch)
 
 
 def pixels(task: Task, batches: Iterator[tuple[Any, Iterable[str]]]) -> dict[str, list[str]]:
     """A hash of every picture with its caption, over one epoch or less, sorted."""
     found = []
-    for _ in range(task.warm_up + task.batches):
+    for _ in range(task.batches):
         images, captions = next(batches)
         _check(task, images)
         for image, caption in zip(images, captions, strict=True):
@@ -100,8 +105,3 @@ def _check(task: Task, images: Any) -> None:
     expected = (task.batch, 3, task.size, task.size)
     if tuple(images.shape) != expected or "uint8" not in str(images.dtype):
         raise SystemExit(f"a batch is {tuple(images.shape)} {images.dtype}, not {expected} uint8")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": median(values), "least": min(values), "greatest": max(values)}

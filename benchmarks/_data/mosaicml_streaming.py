@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 
 from benchmarks._data.limit import samples_of
 from benchmarks._data.measure import Task, main
@@ -34,11 +34,14 @@ class _Pictures(StreamingDataset):
 
 
 def batches(task: Task) -> Iterator[tuple[Any, list[str]]]:
-    """One rank's batches of one epoch."""
-    dataset = _Pictures(task.size, local=task.converted, shuffle=True, batch_size=task.batch)
-    yield from StreamingDataLoader(
+    """One rank's batches, epoch after epoch."""
+    streams = [Stream(local=task.converted, repeat=task.times)]
+    dataset = _Pictures(task.size, streams=streams, shuffle=True, batch_size=task.batch)
+    loader = StreamingDataLoader(
         dataset, batch_size=task.batch, num_workers=task.workers, drop_last=True
     )
+    while True:
+        yield from loader
 
 
 if __name__ == "__main__":

@@ -1,37 +1,53 @@
-"""From a real S3 server, ours against a raw loop of GETs with as many requests under way: bytes
-into the disk cache against bytes thrown away; pictures a second against GET, decode, nothing else.
-"""
+"""From a real S3 server, in slices: bytes into our disk cache and pictures from our loader, against
+loops of GETs with as many requests under way that do less."""
 
+import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 import tarfile
 import tempfile
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks._data import corpus, memory, process
-from benchmarks._data.measure import Task, spread
+from benchmarks._data import corpus, memory, slices
+from benchmarks._data.measure import Arrivals, Task
 from benchmarks._data.picture import decode
 
+T, U = TypeVar("T"), TypeVar("U")
+
 GOAL = 0.9
-COPIES = 8  # of each shard, under names of their own
+COPIES = 10  # of each shard, under names of their own
 SAMPLES_PER_SHARD = 1280
-THREADS = 2  # GETs under way in a process: as many as our read-ahead has
+THREADS = 2  # shards under way in a process: as many as our read-ahead has
+# Of the cache, in shards: six may be under way; each has left it when its turn comes again.
+KEPT_SHARDS = 8
+MOST_ROUNDS = 12
+SLICE = 2.0  # times the slice of the other contestants: a shard is 23 MB, or 1,280 pictures
+
+RAW, KEPT, OURS = "GETs", "GETs, hashed, written", "ours to the cache"
+RAW_IMAGES, OUR_IMAGES = "GETs, decoded", "ours, images"
+# (what, ours, the other, whether it is the goal)
+COMPARED = (
+    ("MB/s", OURS, RAW, True),
+    ("MB/s", OURS, KEPT, False),
+    ("images/s", OUR_IMAGES, RAW_IMAGES, True),
+)
 
 
-def run(source: Path, samples: int, folder: Path, repeats: int, task: Task) -> dict[str, Any]:
-    """MB a second and images a second of both, and the ratios, round by round.
+def run(
+    source: Path, samples: int, folder: Path, rounds: int, seconds: float, task: Task
+) -> dict[str, Any]:
+    """Rates of all, and of each of `COMPARED` the ratio by the clock and by processor time.
 
     Args:
         task: of our contestant, from the local disk.
@@ -41,92 +57,115 @@ def run(source: Path, samples: int, folder: Path, repeats: int, task: Task) -> d
     add_scripts_to_path()
     tars = corpus.shards(source, samples, folder / "s3", SAMPLES_PER_SHARD)
     few = corpus.manifest(tars, folder / "s3-index")
-    found: dict[str, list[float]] = {"ours": [], "raw": [], "ours_images": [], "raw_images": []}
     with (
         tempfile.TemporaryDirectory(dir=folder) as scratch,
         S3Server(Path(scratch)) as server,
     ):
-        bucket = f"s3://{server.BUCKET}"
-        urls = []
-        for number in range(COPIES * len(tars)):
-            data = Path(tars[number % len(tars)]).read_bytes()
-            urls.append(server.put(f"many/{number:08d}.tar", data))
-        total = COPIES * sum(Path(tar).stat().st_size for tar in tars)
-        many = memory.repeat(few, len(urls), Path(scratch) / "many", f"{bucket}/many")
-        urls_once = [
-            server.put(f"once/{number:08d}.tar", Path(tar).read_bytes())
-            for number, tar in enumerate(task.shards)
+        urls = [
+            server.put(f"many/{n:08d}.tar", Path(tars[n % len(tars)]).read_bytes())
+            for n in range(COPIES * len(tars))
         ]
-        once = memory.repeat(
-            Path(task.manifest), len(task.shards), Path(scratch) / "once", f"{bucket}/once"
+        listed = memory.repeat(few, len(urls), Path(scratch) / "many", f"s3://{server.BUCKET}/many")
+        fields = {"workers": task.workers, "manifest": str(listed), "urls": urls, "size": task.size}
+        fields["cache_gib"] = KEPT_SHARDS * max(Path(t).stat().st_size for t in tars) / (1 << 30)
+        variables = environment(server.url)
+
+        def entry(name: str, work: str) -> slices.Entry:
+            own = fields | {"work": work, "folder": str(Path(scratch) / work)}
+            return slices.Entry(name, sys.executable, __name__, own, task.workers, variables)
+
+        images = replace(
+            task, manifest=str(listed), cache=str(Path(scratch) / "images"), streams=True
         )
-        fields = {"workers": task.workers, "manifest": str(many), "urls": urls, "size": task.size}
-
-        def measure(kind: str) -> float:
-            with tempfile.TemporaryDirectory(dir=folder) as cache:
-                variables = environment(server.url)
-                if kind == "ours_images":
-                    read = replace(task, cache=cache, manifest=str(once))
-                    result = process.run(sys.executable, "benchmarks._data.ours", read, variables)
-                    return float(result["images_per_second"])
-                run = fields | {"mode": kind, "cache": cache}
-                if kind == "raw_images":
-                    run["urls"] = urls_once
-                result = process.run(sys.executable, __name__, run, variables)
-                done = samples if kind == "raw_images" else total / 1e6
-                return float(done / result["seconds"])
-
-        for number in range(repeats):
-            for kind in list(found)[:: -1 if number % 2 else 1]:
-                found[kind].append(measure(kind))
-
-    def ratio(one: str, other: str) -> dict[str, float]:
-        return spread([a / b for a, b in zip(found[one], found[other], strict=True)])
-
+        entries = [
+            entry(RAW, "raw"),
+            entry(KEPT, "kept"),
+            entry(OURS, "ours"),
+            entry(RAW_IMAGES, "raw_images"),
+            slices.Entry(
+                OUR_IMAGES,
+                sys.executable,
+                "benchmarks._data.ours",
+                images,
+                task.workers,
+                variables,
+            ),
+        ]
+        race = slices.race(entries, min(rounds, MOST_ROUNDS), SLICE * seconds, "bytes or images/s")
     return {
-        "bytes": total,
-        "found": found,
-        "of_raw": ratio("ours", "raw"),
-        "of_raw_images": ratio("ours_images", "raw_images"),
+        "rounds": [{name: vars(one) for name, one in r.items()} for r in race.rounds],
+        "rates": {
+            e.name: slices.spread([r[e.name].rate for r in race.rounds if e.name in r])
+            for e in entries
+            if any(e.name in r for r in race.rounds)
+        },
+        "failed": race.failed,
+        "ratios": {
+            f"{ours} / {other}": {
+                "clock": slices.spread(race.ratios(ours, other)),
+                "cpu": slices.spread(race.ratios(ours, other, cpu=True)),
+            }
+            for _, ours, other, _ in COMPARED
+            if race.ratios(ours, other)
+        },
     }
 
 
-def _ours(task: dict[str, Any], worker: int, together: Barrier) -> None:
-    """Every ``workers``-th shard as a rank's reader brings it: to the disk, its hash checked."""
+def _ours(task: dict[str, Any], worker: int, arrivals: Arrivals) -> None:
+    """Every ``workers``-th shard as a rank's reader brings it: to the disk, its hash checked. The
+    cache is smaller than the shards."""
     from pretrain.data.manifest import Manifest
     from pretrain.data.reader import ReadConfig, ShardReader
 
     manifest = Manifest.load(task["manifest"])
-    reader = ShardReader([manifest], ReadConfig(cache=task["cache"]))
+    reader = ShardReader([manifest], ReadConfig(cache=task["folder"], cache_gib=task["cache_gib"]))
     places = [(0, number) for number in range(worker, len(manifest.shards), task["workers"])]
-    together.wait()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for descriptor in pool.map(reader.open, places):
-            os.close(descriptor)
-    together.wait()
+    for descriptor in _ahead(reader.open, itertools.cycle(places)):
+        arrivals.add(worker, os.fstat(descriptor).st_size)
+        os.close(descriptor)
 
 
-def _raw(task: dict[str, Any], worker: int, together: Barrier) -> None:
+def _raw(task: dict[str, Any], worker: int, arrivals: Arrivals) -> None:
     """Every ``workers``-th object, a few at a time."""
-    together.wait()
-    assert all(map(len, _objects(task["urls"][worker :: task["workers"]])))
-    together.wait()
+    for data in _objects(task, worker):
+        arrivals.add(worker, len(data))
 
 
-def _raw_images(task: dict[str, Any], worker: int, together: Barrier) -> None:
-    """The same, and every picture decoded into one place."""
-    place = np.empty((3, task["size"], task["size"]), np.uint8)
-    together.wait()
-    for data in _objects(task["urls"][worker :: task["workers"]]):
+def _kept(task: dict[str, Any], worker: int, arrivals: Arrivals) -> None:
+    """The same, each hashed and written to a file, which is then deleted: what a cache that checks
+    cannot do without."""
+    folder = Path(task["folder"])
+    folder.mkdir(exist_ok=True)
+
+    def keep(key: tuple[int, bytes]) -> int:
+        number, data = key
+        hashlib.sha256(data).hexdigest()
+        path = folder / f"{worker}-{number}"
+        path.write_bytes(data)
+        path.unlink()
+        return len(data)
+
+    numbered = enumerate(_objects(task, worker))
+    for length in map(keep, numbered):
+        arrivals.add(worker, length)
+
+
+def _raw_images(task: dict[str, Any], worker: int, arrivals: Arrivals) -> None:
+    """Every picture decoded into one place; noted by 64, as batches are."""
+    place, done = np.empty((3, task["size"], task["size"]), np.uint8), 0
+    for data in _objects(task, worker):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for member in tar:
                 stream = tar.extractfile(member)
                 if stream is not None and member.name.endswith(".jpg"):
                     place[:] = decode(stream.read(), task["size"])
-    together.wait()
+                    done += 1
+                    if done % 64 == 0:
+                        arrivals.add(worker, 64)
 
 
-def _objects(urls: list[str]) -> Iterator[bytes]:
+def _objects(task: dict[str, Any], worker: int) -> Iterator[bytes]:
+    """Every ``workers``-th object, for ever."""
     import botocore.session
 
     client = botocore.session.get_session().create_client("s3")
@@ -135,32 +174,38 @@ def _objects(urls: list[str]) -> Iterator[bytes]:
         bucket, _, key = url.removeprefix("s3://").partition("/")
         return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
 
-    ahead: deque[Future[bytes]] = deque()
-    left = deque(urls)
+    return _ahead(get, itertools.cycle(task["urls"][worker :: task["workers"]]))
+
+
+def _ahead(call: Callable[[T], U], of: Iterable[T]) -> Iterator[U]:
+    """Results in order, `THREADS` under way at once."""
+    given, ahead = iter(of), deque[Future[U]]()
     with ThreadPoolExecutor(THREADS) as pool:
-        while left or ahead:
-            while left and len(ahead) <= THREADS:
-                ahead.append(pool.submit(get, left.popleft()))
+        while True:
+            while len(ahead) <= THREADS:
+                ahead.append(pool.submit(call, next(given)))
             yield ahead.popleft().result()
 
 
+WORK = {"ours": _ours, "raw": _raw, "kept": _kept, "raw_images": _raw_images}
+
+
+def _work(task: dict[str, Any], worker: int) -> None:
+    WORK[task["work"]](task, worker, Arrivals(task["arrivals"]))
+
+
 def main() -> None:
-    """Seconds from when every process is ready to when the last is done."""
+    """Workers that never end."""
     task = json.loads(Path(sys.argv[1]).read_text())
     context = multiprocessing.get_context("spawn")
-    together = context.Barrier(task["workers"] + 1)
-    work = {"ours": _ours, "raw": _raw, "raw_images": _raw_images}[task["mode"]]
     processes = [
-        context.Process(target=work, args=(task, i, together), daemon=True)
-        for i in range(task["workers"])
+        context.Process(target=_work, args=(task, i), daemon=True) for i in range(task["workers"])
     ]
     for one in processes:
         one.start()
-    together.wait(120)  # bounded: a process that failed never comes
-    start = time.perf_counter()
-    together.wait(600)
-    seconds = time.perf_counter() - start
-    Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds}))
+    for one in processes:
+        one.join()
+    raise SystemExit(f"workers ended with {[one.exitcode for one in processes]}")
 
 
 if __name__ == "__main__":

@@ -34,3 +34,15 @@ def cpu_seconds(pid: int) -> float:
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def running(pid: int) -> list[int]:
+    """Those that do not stand still: a thread of theirs is neither stopped nor dead."""
+    found = []
+    for one in pids(pid):
+        for status in Path(f"/proc/{one}/task").glob("*/stat"):
+            with suppress(OSError):
+                if status.read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                    found.append(one)
+                    break
+    return found

@@ -20,10 +20,10 @@ _decode = webdataset.decode
 
 
 def batches(task: Task) -> Iterator[tuple[Any, list[str]]]:
-    """One rank's batches of one epoch, without resampling."""
+    """One rank's batches, without resampling, epoch after epoch."""
     arguments = Namespace(
-        train_data="::".join(task.shards),
-        train_num_samples=(task.warm_up + task.batches) * task.batch,
+        train_data="::".join(task.shards * task.times),
+        train_num_samples=task.times * task.batches * task.batch,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
         seed=0,
@@ -41,7 +41,8 @@ def batches(task: Task) -> Iterator[tuple[Any, list[str]]]:
         info = data.get_wds_dataset(
             arguments, lambda image: image, is_train=True, tokenizer=lambda text: [text]
         )
-    yield from info.dataloader
+    while True:
+        yield from info.dataloader
 
 
 if __name__ == "__main__":

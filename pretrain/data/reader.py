@@ -160,10 +160,17 @@ class ShardReader:
     def read_many(
         self, samples: Sequence[tuple[int, int, int]]
     ) -> Iterator[Read | UnreadableShard]:
-        """What `read` gives or raises for each (data set, shard, index), in order.
+        """What `read` gives or raises for each (data set, shard, index), in order."""
+        for group in self.read_groups(samples):
+            yield from group
 
-        Some are read before the first is used: between one picture's decoding and the next, the
-        same code takes three times as long, for it is in no cache of the processor any more.
+    def read_groups(
+        self, samples: Sequence[tuple[int, int, int]]
+    ) -> Iterator[list[Read | UnreadableShard]]:
+        """The same in groups, at most `TOGETHER_BYTES` each unless one sample has more.
+
+        A group is read before the first of it is used: between one picture's decoding and the next,
+        the same code takes three times as long, for it is in no cache of the processor any more.
         """
         extents: list[tuple[int, int, int]] = [(0, 0, 0)] * len(samples)
         for dataset, table in enumerate(self.tables):
@@ -176,11 +183,12 @@ class ShardReader:
         ready_bytes = 0
         for (dataset, shard, index), extent in zip(samples, extents, strict=True):
             if ready and ready_bytes + extent[1] > TOGETHER_BYTES:
-                yield from ready
+                yield ready
                 ready, ready_bytes = [], 0
             ready.append(self._read((dataset, shard), index, *extent))
             ready_bytes += extent[1]
-        yield from ready
+        if ready:
+            yield ready
 
     def _read(
         self, place: tuple[int, int], index: int, offset: int, length: int, crc32: int

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
@@ -22,6 +23,7 @@ from pretrain.rng import derive_seed
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Named, so that a file called .png cannot reach another decoder (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG = b"\xff\xd8"
 MAX_JSON_BYTES = 1 << 20  # of lists of lists it makes 30 MB of objects
 # A longer strip is cut before it is resized: 1 x 10,000 for 512 pixels would take 10 GB.
 _LONGEST_STRIP = 64
@@ -93,6 +95,21 @@ def without_warnings() -> Iterator[None]:
             _here.quiet = False
 
 
+class Opened(NamedTuple):
+    """A sample within bounds, of whose picture no pixel is decoded yet.
+
+    Attributes:
+        image: of a JPEG, opened; of another format None: some decoders take the memory of all
+            pixels when they are opened, and many samples may be waiting.
+        encoded: the picture's bytes.
+        captions: every one there is.
+    """
+
+    image: Image.Image | None
+    encoded: bytes
+    captions: list[str]
+
+
 def decode(
     raw: RawSample, bounds: Bounds, target: tuple[int, int] | None = None
 ) -> tuple[Image.Image, list[str]]:
@@ -110,13 +127,37 @@ def decode(
     Raises:
         Refused: with the reason.
     """
+    opened = open_sample(raw, bounds, target)
+    return load(opened, bounds, target), opened.captions
+
+
+def open_sample(raw: RawSample, bounds: Bounds, target: tuple[int, int] | None = None) -> Opened:
+    """The first half of `decode`, which is quick: all that can be told without pixels.
+
+    Between one picture's decoding and the next this code takes three times as long, for it is in
+    no cache of the processor any more: so many samples are opened before the first is loaded.
+
+    Raises:
+        Refused: with the reason.
+    """
     encoded = next((raw.files[e] for e in IMAGE_EXTENSIONS if e in raw.files), None)
     if encoded is None:
         raise Refused("no image")
     if len(encoded) > bounds.max_bytes:
         raise Refused("too many bytes")
     captions = captions_of(raw, bounds.max_caption_bytes)
-    return upright(open_picture(encoded, bounds, target)), captions
+    image = _header(encoded, bounds, target) if encoded.startswith(_JPEG) else None
+    return Opened(image, encoded, captions)
+
+
+def load(opened: Opened, bounds: Bounds, target: tuple[int, int] | None = None) -> Image.Image:
+    """The second half of `decode`, with the same bounds and target: the picture.
+
+    Raises:
+        Refused: with the reason.
+    """
+    image = opened.image
+    return upright(_loaded(_header(opened.encoded, bounds, target) if image is None else image))
 
 
 def open_picture(
@@ -127,20 +168,37 @@ def open_picture(
     Raises:
         Refused: with the reason.
     """
+    return _loaded(_header(encoded, bounds, target))
+
+
+def _header(encoded: bytes, bounds: Bounds, target: tuple[int, int] | None) -> Image.Image:
+    """The picture, opened and set to be decoded at the scale that is wanted."""
     try:
         image = _open(encoded, bounds)
         if target is not None and image.format == "JPEG":
             _scale_at_load(image, target if _orientation(image) < 5 else target[::-1])
+        return image
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """Its pixels decoded."""
+    try:
         image.load()
         return _straight_inks(image)
-    except Refused:
-        raise
-    except Image.DecompressionBombError:
-        raise Refused("too many pixels") from None
-    except Exception:
-        # Whatever a decoder raises on bytes from anywhere, the bytes are at fault; were it the
-        # decoder, the rate of refusals would stop the run.
-        raise Refused("undecodable image") from None
+    except Exception as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: Exception) -> Refused:
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return Refused("too many pixels")
+    # Whatever a decoder raises on bytes from anywhere, the bytes are at fault; were it the
+    # decoder, the rate of refusals would stop the run.
+    return Refused("undecodable image")
 
 
 def _scale_at_load(image: Image.Image, shape_HW: tuple[int, int]) -> None:
@@ -300,22 +358,29 @@ def picture(
             (seed, sample number).
         out: where to write it; None: memory of its own.
     """
+    out = torch.empty(3, *shape_HW, dtype=torch.uint8) if out is None else out
+    np.copyto(out.numpy(), fitted(image, shape_HW, crop, seed, number))
+    return out
+
+
+def fitted(
+    image: Image.Image, shape_HW: tuple[int, int], crop: Crop, seed: int, number: int
+) -> npt.NDArray[np.uint8]:
+    """The same as a view of (H, 3, W): its reader makes the only copy."""
     height, width = shape_HW
     rgb = _cover(flatten(image), shape_HW)
-    left, top = rgb.width - width, rgb.height - height
-    if crop == "random":
-        draw = random.Random(derive_seed(seed, number, "crop"))
-        left, top = draw.randint(0, left), draw.randint(0, top)
-    else:
-        left, top = left // 2, top // 2
     if rgb.size != (width, height):
+        left, top = rgb.width - width, rgb.height - height
+        if crop == "random":
+            draw = random.Random(derive_seed(seed, number, "crop"))
+            left, top = draw.randint(0, left), draw.randint(0, top)
+        else:
+            left, top = left // 2, top // 2
         rgb = rgb.crop((left, top, left + width, top + height))
     # Packed with the colours of a line one after another: the one copy that is left moves whole
     # lines, which takes a fifth of the time that pixels of three bytes do.
     lines_HCW = np.frombuffer(rgb.tobytes("raw", "RGB;L"), np.uint8).reshape(height, 3, width)
-    out = torch.empty(3, height, width, dtype=torch.uint8) if out is None else out
-    np.copyto(out.numpy(), lines_HCW.transpose(1, 0, 2))
-    return out
+    return lines_HCW.transpose(1, 0, 2)
 
 
 def _scale(size: tuple[int, int], shape_HW: tuple[int, int]) -> float:

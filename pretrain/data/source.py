@@ -5,9 +5,10 @@ Pure in (seed, number): the loader, `data explain` and every rank get the same a
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +24,16 @@ from pretrain.data.order import Buckets, EpochOrder, Mixture
 from pretrain.data.reader import Read, ReadConfig, ShardReader
 from pretrain.data.samples import (
     Bounds,
+    Opened,
     Refused,
     augment,
     choose_caption,
-    decode,
-    picture,
+    fitted,
+    load,
+    open_sample,
     without_warnings,
 )
+from pretrain.data.shards import RawSample
 from pretrain.errors import DataError, UnreadableShard
 from pretrain.rng import derive_seed
 from pretrain.types import Reject
@@ -202,6 +206,23 @@ class Sample:
     features: encoded.Features | None = None
 
 
+class _Row(NamedTuple):
+    """Where a picture is to be written: the same memory twice, for one takes long to make of the
+    other between two pictures."""
+
+    tensor: Tensor
+    array: npt.NDArray[np.uint8]
+
+
+class _Opened(NamedTuple):
+    """What was read of a place: no ``raw`` where it is refused, nothing ``opened`` where it is
+    encoded; ``rejects`` so far."""
+
+    raw: RawSample | None
+    opened: Opened | None
+    rejects: list[Reject]
+
+
 def shape_of(aspect: int, size: int, multiple: int) -> tuple[int, int]:
     """(height, width) of an aspect bucket: at most size² pixels, sides multiples of
     ``multiple``."""
@@ -308,13 +329,19 @@ class Source:
             DataError: nothing near a refused sample can be used.
         """
         places = places or self.places(numbers)
-        rows = [None] * len(numbers) if out is None else out
-        found = self._open().read_many([(p.dataset, p.shard, p.index) for p in places])
+        rows = (
+            [_Row(*pair) for pair in zip(out, out.numpy(), strict=True)] if out is not None else []
+        )
+        samples: list[Sample] = []
         with without_warnings():
-            return [
-                self._sample(n, place, read, row)
-                for n, place, read, row in zip(numbers, places, found, rows, strict=True)
-            ]
+            for reads in self._open().read_groups([(p.dataset, p.shard, p.index) for p in places]):
+                here = places[len(samples) : len(samples) + len(reads)]
+                opened = deque(self._opened(p, r) for p, r in zip(here, reads, strict=True))
+                while opened:  # what is done with is let go, with its decoded picture
+                    at = len(samples)
+                    row = rows[at] if rows else None
+                    samples.append(self._sample(numbers[at], places[at], opened.popleft(), row))
+        return samples
 
     def ahead(self, numbers: Sequence[int], part: tuple[int, int]) -> None:
         """Fetch the shards of numbers that come later; ``part`` (i, n): only the i-th n-th of
@@ -349,67 +376,67 @@ class Source:
             self._reader = ShardReader(self.manifests, self.config.read)
         return self._reader
 
-    def _sample(
-        self, number: int, place: Place, read: Read | UnreadableShard, row: Tensor | None = None
-    ) -> Sample:
-        rejects: list[Reject] = []
-        found = self._try(number, place, place, read, rejects, row)
+    def _sample(self, number: int, place: Place, opened: "_Opened", row: "_Row | None") -> Sample:
+        found = self._decoded(number, place, place, opened, row)
         if found is not None:
             return found
         for other in self._substitutes(number, place):
             (read,) = self._open().read_many([(other.dataset, other.shard, other.index)])
-            found = self._try(number, place, other, read, [], row)
+            found = self._decoded(number, place, other, self._opened(other, read), row)
             if found is not None:
-                return Sample(**{**vars(found), "rejects": rejects})
+                return replace(found, rejects=opened.rejects)
+        last = opened.rejects[-1]
         raise DataError(
-            f"sample {number} was refused ({rejects[-1].reason}: {rejects[-1].shard}:"
-            f"{rejects[-1].key}), and so was every one of {NEIGHBOURS + FURTHER} near it; see "
-            "`python -m pretrain data verify`"
+            f"sample {number} was refused ({last.reason}: {last.shard}:{last.key}), and so was "
+            f"every one of {NEIGHBOURS + FURTHER} near it; see `python -m pretrain data verify`"
         )
 
-    def _try(
-        self,
-        number: int,
-        place: Place,
-        used: Place,
-        read: Read | UnreadableShard,
-        rejects: list[Reject],
-        row: Tensor | None,
-    ) -> Sample | None:
-        """The sample at ``used``, or None and the reason appended to ``rejects``."""
+    def _opened(self, used: Place, read: Read | UnreadableShard) -> "_Opened":
+        """What was read, opened as far as no pixel is decoded, or the reasons against it."""
         c = self.config
         if isinstance(read, UnreadableShard):
             if c.read.on_unreadable == "stop":
                 raise read
-            rejects.append(Reject("unreadable shard", read.url, f"#{used.index}"))
-            return None
-        raw, odd = read
-        rejects += odd
+            return _Opened(None, None, [Reject("unreadable shard", read.url, f"#{used.index}")])
+        raw, rejects = read
+        opened = None
+        if raw is not None and not c.encoded:
+            try:
+                opened = open_sample(raw, c.bounds, used.shape)
+            except Refused as refused:
+                rejects.append(Reject(refused.reason, raw.shard, raw.key))
+                raw = None
+        return _Opened(raw, opened, rejects)
+
+    def _decoded(
+        self, number: int, place: Place, used: Place, found: "_Opened", row: "_Row | None"
+    ) -> Sample | None:
+        """The sample at ``used``, or None and the reason appended to its rejects."""
+        c = self.config
+        raw, opened, rejects = found
         if raw is None:
             return None
         try:
-            if c.encoded:
+            if opened is None:
                 encoding = self.encodings[used.dataset]
                 features = encoded.unpack(raw, encoding, c, self.seed, number)
                 caption, nothing = features.caption, torch.empty((3, 0, 0), dtype=torch.uint8)
                 return Sample(number, place, used, raw.key, caption, nothing, rejects, features)
-            image, captions = decode(raw, c.bounds, place.shape)
+            image = load(opened, c.bounds, place.shape)
         except Refused as refused:
             rejects.append(Reject(refused.reason, raw.shard, raw.key))
             return None
-        pixels = picture(image, place.shape, c.crop, self.seed, number, row)
+        cut_CHW = fitted(image, place.shape, c.crop, self.seed, number)
+        if row is None:
+            pixels = torch.from_numpy(np.ascontiguousarray(cut_CHW))
+        else:
+            np.copyto(row.array, cut_CHW)
+            pixels = row.tensor
         changed = augment(pixels, c.flip, c.jitter, self.seed, number)
         if row is not None and changed is not pixels:
-            changed = row.copy_(changed)
-        return Sample(
-            number,
-            place,
-            used,
-            raw.key,
-            choose_caption(captions, self.seed, number),
-            changed,
-            rejects,
-        )
+            changed = pixels.copy_(changed)
+        caption = choose_caption(opened.captions, self.seed, number)
+        return Sample(number, place, used, raw.key, caption, changed, rejects)
 
     def _substitutes(self, number: int, place: Place) -> Iterator[Place]:
         size = int(self.manifests[place.dataset].sizes[place.shard])

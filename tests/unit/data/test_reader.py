@@ -211,4 +211,5 @@ def test_many_read_together_are_those_read_one_by_one(
     for together in (1, 3000, 1 << 20):
         monkeypatch.setattr("pretrain.data.reader.TOGETHER_BYTES", together)
         assert list(r.read_many(places)) == expected
+        assert len(list(r.read_groups(places))) == (1 if together == 1 << 20 else len(places))
     assert list(r.read_many([])) == []
