@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from pretrain.__main__ import main
-from tests.support import ranks
+from tests.support import ranks, tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STEPS, BATCH = 3, 16
 # No augmentation and no evaluation: what is compared is the losses of the steps.
 PLAIN = (
+    tiny.ONE_LEVEL_SETTING,
     *("data.jitter=0", "data.flip=0", f"training.samples={STEPS * BATCH}"),
     *(f"evaluators.{name}=null" for name in ("validation", "zero_shot", "retrieval", "samples")),
 )

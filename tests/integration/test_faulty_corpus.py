@@ -10,12 +10,13 @@ import pytest
 
 from pretrain.data import index as indexer
 from pretrain.data.manifest import Manifest
+from tests.support import tiny
 from tests.support.faulty import MAX_BYTES, Planted, plant
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS = 4
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def run(output: Path, manifest: str, *settings: str) -> subprocess.CompletedProc
         f"training.global_batch={samples}",  # an epoch a step, half of it on each rank
         f"engine.micro_batch={samples // 2}",
         "data.workers=1",
+        tiny.ONE_LEVEL_SETTING,
         f"data.max_bytes={MAX_BYTES}",
         "evaluators={validation: null, zero_shot: null, retrieval: null, samples: null}",
         *settings,

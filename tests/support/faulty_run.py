@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pretrain.parts import Parts
-from tests.support import ranks
+from tests.support import ranks, tiny
 
 STEPS, BATCH, EVERY = 12, 16, 48
 SAMPLES = STEPS * BATCH
@@ -35,8 +35,7 @@ SETTINGS = (
     "checkpoint.keep=3",
     "ema.half_lives=[64]",
     "data.workers=0",
-    # One level: the cost of ranks is by module.
-    "model.unet={channels: [16], attention: [true], head_dim: 16, norm_groups: 8}",
+    tiny.ONE_LEVEL_SETTING,
     "evaluators={validation: {global_batch: 96, repeats: 1, every_samples: 112, at_start: false}, "
     "zero_shot: null, retrieval: null, samples: null}",
     # (see tests/distributed/test_engine.py for eps: without it the number of ranks shows at once)

@@ -12,6 +12,7 @@ from pretrain.types import Batch
 VOCABULARY, LENGTH, SIZE = 64, 8, 16
 # Half the modules, for tests of the engine: its cost is by module.
 ONE_LEVEL = UNetConfig(channels=(16,), attention=(True,), head_dim=16, norm_groups=8)
+ONE_LEVEL_SETTING = "model.unet={channels: [16], attention: [true], head_dim: 16, norm_groups: 8}"
 
 
 def model_config(**changes) -> ModelConfig:
