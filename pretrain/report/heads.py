@@ -144,9 +144,9 @@ def _pareto(runs: Sequence[Run], name: str) -> str:
     front = [
         c for c in corners if not any(o != c and o[0] >= c[0] and o[1] <= c[1] for o in corners)
     ]
-    x, y = Axis("zero-shot top-1", charts.percent), Axis("KID (lower is better)")
+    across, up = Axis("zero-shot top-1", charts.percent), Axis("KID (lower is better)")
     spoken = f"KID against zero-shot top-1 on {name} of {len(corners)} runs"
-    chart = charts.scatter(dots, threads, front, x, y, spoken)
+    chart = charts.scatter(dots, threads, front, across, up, spoken)
     return card(f"Set {name}", chart)
 
 
