@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     tracked = recorded_run(output)
     model = f"models:/{name}@{args.alias}"
     zero_shot = check_evaluators(settings.evaluators).get("zero_shot")
-    manifest = next(iter(zero_shot.model_dump()["sets"].values()), None) if zero_shot else None
+    sets = zero_shot.model_dump()["sets"].values() if zero_shot else ()
+    manifest = next((one["manifest"] for one in sets if one["manifest"]), None)
     extra = {"MLflow run": f"{tracked.run_id}  ({tracked.uri})", "registered": model}
     if manifest:
         grid = f"{output}/samples/registered.png"
