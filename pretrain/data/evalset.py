@@ -276,6 +276,37 @@ def _check(name: str, config: SetConfig, field: str, found: int | None, wanted: 
 
 
 @dataclass(frozen=True)
+class LabelledSet:
+    """A small classification set in memory.
+
+    Attributes:
+        images_NCHW: fp32 in [-1, 1].
+        captions: class name of each picture.
+        classes: distinct names, sorted.
+        labels_N: int64 index into ``classes``.
+        keys: sample names.
+    """
+
+    images_NCHW: Tensor
+    captions: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels_N: Tensor
+    keys: tuple[str, ...]
+
+
+def load_labelled(manifest_url: str, config: DataConfig) -> LabelledSet:
+    """Every sample of a labelled manifest, decoded.
+
+    Raises:
+        DataError: a sample is damaged or has no ``name``.
+    """
+    data = open_set(manifest_url, SetConfig(manifest=manifest_url), config)
+    images = data.images(range(len(data)))
+    captions = tuple(c for (c,) in data.captions)
+    return LabelledSet(images, captions, data.classes, data.labels_N, data.keys)
+
+
+@dataclass(frozen=True)
 class Picture:
     """One picture as stored (``png``: its encoded bytes, of whatever format) and its class name."""
 
