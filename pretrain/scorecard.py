@@ -14,16 +14,17 @@ from typing import Any
 
 from pretrain import comm, config, export, storage
 from pretrain.ckpt_tools import choose
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.evalset import look
+from pretrain.data.loader import DataConfig
+from pretrain.data.setconfig import SetConfig
 from pretrain.errors import ConfigError, DataError, PretrainError
-from pretrain.evaluators.base import Result, Subject
+from pretrain.evaluators.base import Kept, Result, Subject
 from pretrain.inference import Heads
 from pretrain.results import Finished, Folder, Model, Scorecard, finite
 from pretrain.run_config import RunConfig
 from pretrain.scorecard_log import ScorecardLog
 from pretrain.stop import REQUEUE_EXIT_CODE, Stop, Stopped
 from pretrain.suite import Entry, Suite
-from pretrain.task import PretrainTask
 from pretrain.tracking import TrackingConfig
 
 
@@ -63,6 +64,7 @@ class Plan:
     """
 
     model: Model
+    data: DataConfig
     tracking: TrackingConfig
     keys: dict[str, str]
     done: dict[str, Finished]
@@ -93,57 +95,36 @@ def plan(suite: Suite, choice: Choice, folder: Folder) -> Plan:
         "weights": weights,
         "overrides": sorted(choice.overrides),
     }
-    keys = {e.name: key_of(identity, e) for e in suite.entries}
+    keys = {e.name: key_of(identity, e, settings.data.read.retry) for e in suite.entries}
     found = {name: folder.finished(key) for name, key in keys.items()}
     # What an entry is called is no part of its key: a renamed one keeps its result.
     done = {n: replace(f, name=n) for n, f in found.items() if f is not None}
-    return Plan(model, settings.tracking, keys, done)
+    return Plan(model, settings.data, settings.tracking, keys, done)
 
 
-def key_of(identity: Mapping[str, Any], entry: Entry) -> str:
+def key_of(identity: Mapping[str, Any], entry: Entry, retry: storage.Retry | None = None) -> str:
     """sha256 of all that an entry's numbers depend on: model, settings, what its sets hold, and the
-    files that other settings name."""
-    settings = entry.resolved()
-    others = {k: v for k, v in settings.items() if k != "sets"}
+    files that other settings name. Where a set lies is no part of it.
+
+    Raises:
+        DataError: a set is not there.
+    """
+    others = {k: v for k, v in entry.resolved().items() if k != "sets"}
+    sets: dict[str, SetConfig] = getattr(entry.settings, "sets", {})
     tree = {
         **identity,
         "evaluator": entry.evaluator,
-        "settings": settings,
-        "sets": {name: fingerprint(d) for name, d in settings.get("sets", {}).items()},
+        "settings": others,
+        "sets": {name: _told(name, s, retry or storage.Retry()) for name, s in sets.items()},
         "files": {text: storage.sha256(file) for text, file in sorted(_files(others))},
     }
     return storage.sha256_bytes(json.dumps(tree, sort_keys=True).encode())
 
 
-def fingerprint(definition: Any) -> str:
-    """Of what a set holds: of a manifest, which holds the hashes of its shards, its sha256; of a
-    folder in clip-benchmark's form its small text files and the sizes of its shards.
-
-    Args:
-        definition: path of a manifest, or a mapping with ``manifest``, or with ``url`` and
-            ``split``.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    fields = {"manifest": definition} if isinstance(definition, str) else dict(definition)
-    if fields.get("manifest"):
-        try:
-            return storage.sha256(str(fields["manifest"]))
-        except OSError as error:
-            raise DataError(
-                f"manifest={fields['manifest']!r} cannot be read ({error.strerror}); correct the "
-                "path in the suite, or make it with `python -m pretrain data index`"
-            ) from None
-    url, split = str(fields.get("url")), str(fields.get("split", "test"))
-    count = storage.join(url, split, "nshards.txt")
-    texts = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
-    paths = [storage.join(url, name) for name in texts]
-    held: list[Any] = [storage.sha256(p) if storage.exists(p) else None for p in [*paths, count]]
-    if held[-1]:
-        shards = range(int(storage.read_bytes(count)))
-        held += [storage.size(storage.join(url, split, f"{i}.tar")) for i in shards]
-    return storage.sha256_bytes(json.dumps(held).encode())
+def _told(name: str, config: SetConfig, retry: storage.Retry) -> dict[str, Any]:
+    """Of a set what a score can depend on."""
+    fields = config.model_dump(mode="json", include={"task", "class_names", "templates", "metric"})
+    return fields | {"holds": look(name, config, retry).version()}
 
 
 def _files(tree: Any) -> Iterator[tuple[str, str]]:
@@ -193,17 +174,31 @@ def run(
     log = ScorecardLog(choice.output, todo.tracking, folder, todo.model.samples, say)
     try:
         if missing:
+            for entry in missing:  # before the first has taken its time
+                _check(entry, todo.data, stop)
             choice = replace(choice, which=str(todo.model.samples))  # a newer one may come to be
             parts = export.load_task(choice.output, which=choice.which, weights=choice.weights)
             task, saved, tokenizer, _ = parts
             settings = choice.settings(saved.model_dump(mode="json"))
-            task = task.to(comm.device()).eval()
+            task, kept = task.to(comm.device()).eval(), Kept()
         for number, entry in enumerate(missing, 1):
             if stop.agreed():
                 raise Stopped
             say(f"[suite] {number}/{len(missing)} {entry.name} ({entry.evaluator})")
             key = todo.keys[entry.name]
-            subject = _subject(task, settings, tokenizer, folder, entry, key, todo.model, stop)
+            subject = Subject(
+                task=task,
+                heads=Heads(task.model, settings.inference),
+                tokenizer=tokenizer,
+                data=settings.data,
+                folder=folder.files(entry.name, key),
+                samples=todo.model.samples,
+                rank=comm.rank(),
+                world=comm.world_size(),
+                pulse=stop.seen,
+                scratch=folder.scratch(key),
+                kept=kept,
+            )
             ended = _run(entry, key, subject, folder)
             if main:
                 done[entry.name] = ended
@@ -232,28 +227,16 @@ def summary(entry: Finished) -> str:
     return f"{entry.seconds:.1f} s  {shown}"
 
 
-def _subject(
-    task: PretrainTask,
-    settings: RunConfig,
-    tokenizer: Tokenizer,
-    folder: Folder,
-    entry: Entry,
-    key: str,
-    model: Model,
-    stop: Stop,
-) -> Subject:
-    return Subject(
-        task=task,
-        heads=Heads(task.model, settings.inference),
-        tokenizer=tokenizer,
-        data=settings.data,
-        folder=folder.files(entry.name, key),
-        samples=model.samples,
-        rank=comm.rank(),
-        world=comm.world_size(),
-        pulse=stop.seen,
-        scratch=folder.scratch(key),
-    )
+def _check(entry: Entry, data: DataConfig, stop: Stop) -> None:
+    """Find what is wrong with an entry's sets and files, on every rank. Collective."""
+    said = None
+    try:
+        entry.build().check(data, stop.seen)
+    except PretrainError as error:
+        said = str(error)
+    wrong = [text for text in comm.gather_objects(said) if text]
+    if wrong:
+        raise DataError(f"entries.{entry.name}: {wrong[0]}")
 
 
 def _run(entry: Entry, key: str, subject: Subject, folder: Folder) -> Finished:

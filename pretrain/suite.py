@@ -26,8 +26,7 @@ class SuiteConfig(Config):
     """A suite as it stands in its file.
 
     Attributes:
-        sets: definition of each data set by name: ``{manifest: …}``, or what else the evaluators'
-            ``sets`` take.
+        sets: definition of each data set by name, as `SetConfig` reads it.
         entries: by name: ``evaluator``, ``sets`` (names), ``sweep`` (field: list of values), and
             settings of the evaluator. ``null`` leaves out an entry of a base.
     """
@@ -100,7 +99,7 @@ class Suite:
 
 
 def load(path: str | Path) -> Suite:
-    """Read and check a suite; nothing is loaded, no set is opened.
+    """Read and check a suite; no set and no other file is opened.
 
     Raises:
         ConfigError: unreadable; an unknown evaluator, set or setting; a setting that is not valid.
@@ -140,7 +139,7 @@ def _expand(name: str, fields: Mapping[str, Any], sets: Mapping[str, Any]) -> It
     if "sets" in fields:
         if "sets" not in module.Settings.model_fields:
             raise ConfigError(f"{where}.sets: evaluator {evaluator!r} reads no sets; remove it")
-        settings["sets"] = {k: _definition(module.Settings, v) for k, v in chosen.items()}
+        settings["sets"] = chosen
     for swept in _combinations(where, fields.get("sweep", {}), settings):
         values = ",".join(f"{k}={_text(v)}" for k, v in swept.items())
         full = f"{name}[{values}]" if swept else name
@@ -159,14 +158,6 @@ def _choose_sets(where: str, fields: Mapping[str, Any], sets: Mapping[str, Any])
                 "`sets` of the suite"
             )
     return {name: sets[name] for name in names}
-
-
-def _definition(settings: type[EvaluatorConfig], definition: Any) -> Any:
-    """A set as the evaluator takes it: one that knows manifests alone is given the path of one."""
-    takes_text_alone = settings.model_fields["sets"].annotation == dict[str, str]
-    if isinstance(definition, dict) and definition.keys() == {"manifest"} and takes_text_alone:
-        return definition["manifest"]
-    return definition
 
 
 def _combinations(where: str, sweep: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -100,6 +100,14 @@ class Run:
         self.output = Path(config.output)
         self.tokenizer = Tokenizer(config.data.tokenizer)
         self.guard = Guard(config.guard)
+        self.settings = check_evaluators(config.evaluators)
+        self.evaluators: dict[str, Evaluator] = {
+            name: plugins.load(EVALUATORS, name, "evaluators").build(settings)
+            for name, settings in self.settings.items()
+        }
+        watchdog.beat("check", 0)
+        for evaluator in self.evaluators.values():
+            evaluator.check(config.data, lambda: watchdog.beat("check", 0))
         task = build_task(config, self.tokenizer)
         self.engine = Engine(
             task,
@@ -123,11 +131,6 @@ class Run:
             print(f"[data] {self.loader.advice}", flush=True)
         self.progress = Progress()
         self._resume()
-        self.settings = check_evaluators(config.evaluators)
-        self.evaluators: dict[str, Evaluator] = {
-            name: plugins.load(EVALUATORS, name, "evaluators").build(settings)
-            for name, settings in self.settings.items()
-        }
         self.tracker: Tracker = build_tracker(config.tracking, config.output, comm.rank())
         self.tracker.start(config.tracking.run_info(config.output))
         self.tracker.params(config.resolved())
@@ -281,13 +284,25 @@ class Run:
         if not names:
             return
         began, samples = time.monotonic(), self.progress.samples
+
+        def lost(name: str, error: NonFiniteError) -> None:
+            # Whether training goes on is for the guard to say, which looks at the weights.
+            self.display.say(f"[eval]  WARNING: no metrics of {name} at {samples:,}: {error}")
+
         self.watchdog.beat("evaluate", samples)
         try:
             with self.engine.evaluating(self.config.ema.use) as state:
                 task = build_task(self.config, self.tokenizer).to(comm.device()).eval()
                 task.load_state_dict(state, strict=True)
                 metrics, files = evaluate(
-                    task, self.config, self.tokenizer, self.evaluators, names, samples, self._pulse
+                    task,
+                    self.config,
+                    self.tokenizer,
+                    self.evaluators,
+                    names,
+                    samples,
+                    self._pulse,
+                    lost,
                 )
                 self.watchdog.beat("wait", samples)
         except Stopped:
@@ -472,12 +487,18 @@ def evaluate(
     names: list[str],
     samples: int,
     pulse: Callable[[], bool] = lambda: False,
+    lost: Callable[[str, NonFiniteError], None] | None = None,
 ) -> tuple[dict[str, float], list[Path]]:
     """Run the evaluators ``names`` on a plain task; every rank calls it, every rank gets the
     metrics.
 
+    Args:
+        lost: is told of an evaluator that found the model to say NaN, and the others run; None
+            raises it.
+
     Raises:
         Stopped: on every rank, if ``pulse`` was True on one.
+        NonFiniteError: on every rank.
     """
     subject = Subject(
         task=task,
@@ -493,7 +514,13 @@ def evaluate(
     metrics: dict[str, float] = {}
     files: list[Path] = []
     for name in names:
-        result = evaluators[name].run(subject)
+        try:
+            result = evaluators[name].run(subject)
+        except NonFiniteError as error:  # of every rank
+            if lost is None:
+                raise
+            lost(name, error)
+            continue
         metrics |= result.metrics
         files += result.files
     return metrics, files

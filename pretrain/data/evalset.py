@@ -9,7 +9,7 @@ import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -151,6 +151,46 @@ class EvalSet:
         return reader
 
 
+class There(NamedTuple):
+    """What lies where a set should be, found out without reading a shard.
+
+    Attributes:
+        folder: what its small files say; None of a manifest.
+        versions: of each shard, by the store; of a manifest its sha256, for it holds theirs.
+    """
+
+    folder: clipfolder.ClipFolder | None
+    versions: tuple[str, ...]
+
+    def version(self) -> str:
+        """sha256 of all of it but for where it lies: the same set elsewhere is the same."""
+        held = self.folder and replace(self.folder, shards=())
+        return storage.sha256_bytes(repr((held, self.versions)).encode())
+
+
+def look(name: str, config: SetConfig, retry: storage.Retry) -> There:
+    """What is there of a set.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        DataError: it is missing, or cannot be understood.
+    """
+    if config.url is not None:
+        folder = clipfolder.read_folder(config.url, config.split, retry)
+        return There(folder, clipfolder.versions(folder))
+    assert config.manifest is not None
+    try:
+        return There(None, (storage.sha256(config.manifest),))
+    except OSError as error:
+        raise DataError(
+            f"evaluation set {name!r}: manifest={config.manifest!r} cannot be read "
+            f"({error.strerror or error}); correct the path, or make it with "
+            "`python -m pretrain data index`"
+        ) from None
+
+
 _sets: OrderedDict[Any, EvalSet] = OrderedDict()
 
 
@@ -168,21 +208,13 @@ def open_set(
         DataError: it is missing, damaged, or not what ``config`` says.
     """
     sight = data if isinstance(data, Sight) else Sight(data.size, data.bounds, data.read)
-    folder: clipfolder.ClipFolder | None = None
-    versions: tuple[str, ...] = ()
-    if config.manifest is not None:
-        version = storage.sha256(config.manifest)
-    else:
-        assert config.url is not None
-        folder = clipfolder.read_folder(config.url, config.split, sight.read.retry)
-        versions = clipfolder.versions(folder)
-        version = str((folder, versions))
-    key = (config, version, sight)
+    there = look(name, config, sight.read.retry)
+    key = (config, there, sight)
     if key not in _sets:
         url = config.manifest or ""
-        if folder is not None:
-            url = clipfolder.indexed(folder, versions, sight.read, beat)
-        _sets[key] = _opened(name, config, url, folder, sight, beat)
+        if there.folder is not None:
+            url = clipfolder.indexed(there.folder, there.versions, sight.read, beat)
+        _sets[key] = _opened(name, config, url, there.folder, sight, beat)
         while len(_sets) > OPEN_SETS:
             _sets.popitem(last=False)
     _sets.move_to_end(key)

@@ -7,11 +7,10 @@ scratch folder, so an evaluation that was stopped goes on with it, on any number
 import hashlib
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,19 +20,17 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain import storage
-from pretrain.data.evalset import EvalSet, open_set
-from pretrain.data.setconfig import SetConfig
-from pretrain.errors import ConfigError, DataError, NonFiniteError
-from pretrain.evaluators.base import EvaluatorConfig, Subject, share, together
+from pretrain.data.evalset import EvalSet
+from pretrain.errors import NonFiniteError
+from pretrain.evaluators._sets import SetsConfig
+from pretrain.evaluators.base import Subject, share, together
 
 CHUNK = 64  # images embedded together
 TEXTS = 256  # prompts embedded together
 
 
-class EmbedConfig(EvaluatorConfig):
+class EmbedConfig(SetsConfig):
     """Attributes:
-    sets: the sets by name: a manifest, the URL of a folder in clip-benchmark's form, or fields of
-        `SetConfig`.
     steps, noises, guidance: of the alignment chain; ê_0 is averaged over noises. (The network has
         no image embedding of its own: steps 1 and noises 1, one look from pure noise, is the
         cheapest that it trains.)
@@ -41,20 +38,11 @@ class EmbedConfig(EvaluatorConfig):
     examples: pictures in the details for a report, at most; 0 leaves them out.
     """
 
-    sets: dict[str, SetConfig] = Field(default_factory=dict)
     steps: int = Field(4, ge=1)
     noises: int = Field(4, ge=1)
     guidance: float = Field(0.0, ge=0)
     seed: int = 0
     examples: int = Field(24, ge=0)
-
-    def check(self, evaluator: str) -> None:
-        """Raise a ConfigError where no set is named."""
-        if not self.sets:
-            raise ConfigError(
-                f"evaluators.{evaluator}.sets={{}}: name at least one set, as "
-                "{name: manifest.json} or {name: folder}"
-            )
 
 
 @dataclass(frozen=True)
@@ -82,36 +70,6 @@ class Embedded:
             f"cost/{name}/images_per_second": len(self.rows_NE) / seconds,
             f"cost/{name}/passes_per_image": float(self.passes),
         }
-
-
-def details_of(
-    subject: Subject, found: Mapping[str, Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
-    """Details by set as a result holds them, on rank 0: those of the one set themselves, with its
-    name; of several, under ``sets``."""
-    if subject.rank != 0:
-        return None
-    if len(found) > 1:
-        return {"sets": dict(found)}
-    ((name, fields),) = found.items()
-    return {"set": name, **fields}
-
-
-def open_sets(subject: Subject, settings: EmbedConfig) -> dict[str, EvalSet]:
-    """The sets of an evaluator, each of two images at least.
-
-    Raises:
-        DataError: one is missing or unfit.
-    """
-    found = {}
-    for name, config in settings.sets.items():
-        found[name] = open_set(name, config, subject.data, subject.pulse)
-        if len(found[name]) < 2:
-            raise DataError(
-                f"evaluation set {name!r} at {config.place} has {len(found[name])} image; a score "
-                "needs two at least"
-            )
-    return found
 
 
 def embed_images(subject: Subject, data: EvalSet, settings: EmbedConfig) -> Embedded:
@@ -142,7 +100,7 @@ def _all_chunks(subject: Subject, data: EvalSet, s: EmbedConfig, chunk: int, key
     width = subject.heads.model.config.text_encoder.query_dim
     folder = None
     if subject.scratch is not None:
-        weights = subject.kept.get("weights", lambda: _sha256_of(subject))
+        weights = subject.weights_sha256()
         folder = subject.scratch / "embeddings" / f"{key[:24]}-{weights[:24]}"
     mine: list[int] = []
     rows: list[Tensor] = []
@@ -184,16 +142,6 @@ def _chunk(
         np.savez(stream, rows=rows.numpy(), seconds=np.float64(seconds))
         storage.write_bytes(str(path), stream.getvalue())
     return rows, seconds
-
-
-def _sha256_of(subject: Subject) -> str:
-    """Of the weights: what they embedded is no other weights'."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(subject.heads.model.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def embed_texts(subject: Subject, texts: Sequence[str], each: int = 1) -> Tensor:

@@ -5,7 +5,6 @@ Image i is drawn from seed + i, and chunk k holds the same images on any number 
 one batch: results do not depend on the ranks, to the last bit.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -120,15 +119,6 @@ def in_rows(images_NCHW: Tensor, call: Callable[[Tensor], Tensor], device: torch
     """``call`` on a few images at a time; its rows, on the CPU."""
     parts = [call(part.to(device)).float().cpu() for part in images_NCHW.split(FEATURE_BATCH)]
     return torch.cat(parts)
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Of all tensors of a model: what they drew is no other weights'."""
-    digest = hashlib.sha256()
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _draw(

@@ -1,16 +1,19 @@
 """An evaluator is a file in this folder: given a trained model, it returns metrics (and may leave
 pictures)."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from pydantic import Field
 
 from pretrain import comm
 from pretrain.config import Config
+from pretrain.data.loader import DataConfig
 from pretrain.inference import Heads
 from pretrain.stop import Stopped
 from pretrain.task import PretrainTask
@@ -65,7 +68,7 @@ class Subject:
         task: in eval mode, on this rank's device.
         heads: its inference procedures.
         tokenizer: `pretrain.data.tokenizer.Tokenizer`.
-        data: the run's `DataConfig`.
+        data: of the run.
         folder: where pictures go (rank 0 writes).
         samples: progress, for file names.
         rank, world: this rank's share of the work is every item i with i % world == rank.
@@ -80,7 +83,7 @@ class Subject:
     task: PretrainTask
     heads: Heads
     tokenizer: Any
-    data: Any
+    data: DataConfig
     folder: Path
     samples: int
     rank: int = 0
@@ -88,6 +91,10 @@ class Subject:
     pulse: Callable[[], bool] = lambda: False
     scratch: Path | None = None
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+
+    def weights_sha256(self) -> str:
+        """Of the model's tensors: what they made is no other weights'. Taken once."""
+        return self.kept.get("weights", lambda: _sha256(self.heads.model))
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,28 @@ class Result:
 
 
 class Evaluator(Protocol):
-    """What ``build(settings)`` of a file returns."""
+    """What ``build(settings)`` of a file returns. Building reads no file: `check` does."""
+
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        """Find what is wrong with sets and other files before a run begins, and not hours later
+        when it first evaluates. Called by every rank, each for itself.
+
+        Args:
+            data: of the run.
+            beat: to be called every second or so.
+
+        Raises:
+            ConfigError, DataError: something is missing or unfit.
+        """
 
     def run(self, subject: Subject) -> Result:
         """Evaluate. Called by every rank; may use `comm` collectives, the same ones on every
-        rank."""
+        rank.
+
+        Raises:
+            NonFiniteError: on every rank, if the model says NaN. Training goes on without these
+                metrics.
+        """
 
 
 def together(value: T, left: bool) -> list[T]:
@@ -130,3 +154,11 @@ def together(value: T, left: bool) -> list[T]:
 def share(n: int, rank: int, world: int) -> list[int]:
     """Indices of ``range(n)`` that are this rank's."""
     return list(range(rank, n, world))
+
+
+def _sha256(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

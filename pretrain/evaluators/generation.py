@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain import distances, plugins, storage
+from pretrain.data.evalset import EvalSet
+from pretrain.data.loader import DataConfig
 from pretrain.diffusion.sampler import Method
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, NonFiniteError
 from pretrain.evaluators._embed import embed_texts
-from pretrain.evaluators._generated import Drawing, Rows, generate, weights_sha256
-from pretrain.evaluators._reals import Reals, load_reals, real_features
+from pretrain.evaluators._generated import Drawing, Rows, generate
+from pretrain.evaluators._reals import real_features
+from pretrain.evaluators._sets import SetsConfig, details_of, open_sets
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
 from pretrain.features import base as features
 from pretrain.features.base import Extractor, FeaturesConfig, from_uint8
@@ -32,10 +36,9 @@ WHERE = "evaluators.generation"
 LARGEST_SUBSET = 1000  # of KID, as published figures have it
 
 
-class Settings(EvaluatorConfig):
+class Settings(SetsConfig):
     """Attributes:
-    sets: name of each labelled set and its manifest.
-    images: generated for each set, each for the caption of one of its pictures.
+    images: generated for each set, each for a picture's first caption, or its class name.
     sampler, steps, guidance: of the sampler; None takes the run's ``inference`` settings.
     seed: of the first image (image i has seed + i), of the choice of prompts, and of KID's subsets.
     features: the extractor.
@@ -48,7 +51,6 @@ class Settings(EvaluatorConfig):
     examples: images in the report, over all sets.
     """
 
-    sets: dict[str, str] = Field(default_factory=dict)
     images: int = Field(1000, ge=2)
     sampler: Method | None = None
     steps: int | None = Field(None, ge=1)
@@ -68,8 +70,7 @@ class Generation:
 
     def __init__(self, settings: Settings) -> None:
         s = settings
-        if not s.sets:
-            raise ConfigError(f"{WHERE}.sets={{}}: name at least one set, as {{name: manifest}}")
+        s.need_sets("generation")
         if s.images <= s.neighbours:
             raise ConfigError(
                 f"{WHERE}.images={s.images}: precision and recall over neighbours={s.neighbours} "
@@ -81,34 +82,39 @@ class Generation:
                 "lower it, or generate more"
             )
         plugins.load(features.PACKAGE, s.features.kind, f"{WHERE}.features.kind")
-        self.extractor = features.build(s.features)  # a missing file is told before training
+        self.settings = s
+
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        self._open(data, beat)
+        features.build(self.settings.features)
+
+    def _open(self, data: DataConfig, beat: Callable[[], object]) -> dict[str, EvalSet]:
+        s = self.settings
         if s.judge is not None and not Path(s.judge, "config.json").is_file():
             raise ConfigError(
                 f"{WHERE}.judge={s.judge!r} is not an exported model; make one with `export`"
             )
-        self.settings = s
+        sets = open_sets(s.sets, data, beat)
+        for name, found in sets.items():
+            self._check(name, len(found))
+        return sets
 
     def run(self, subject: Subject) -> Result:
         s = self.settings
-        sets = {name: load_reals(name, where, subject) for name, where in s.sets.items()}
-        for name, reals in sets.items():
-            self._check(name, len(reals.captions))
+        sets = self._open(subject.data, subject.pulse)
         device = subject.heads.model.null_tokens_L.device
-        extractor = features.build(s.features, device) if device.type != "cpu" else self.extractor
+        extractor = features.build(s.features, device)
         judge = Predictor.load(s.judge) if s.judge else None
         if judge:
             judge.model.to(device)
         metrics: dict[str, float] = {}
-        samples: list[dict[str, Any]] = []
-        notes: list[str] = []
-        for name, reals in sets.items():
-            real = real_features(subject, name, reals, extractor)
+        details: dict[str, Any] = {}
+        for name, data in sets.items():
+            real = real_features(subject, data, extractor)
             distances.check(real, real)  # before the long part
-            order = torch.randperm(
-                len(reals.captions), generator=generator(s.seed, "prompts")
-            ).tolist()
+            order = torch.randperm(len(data), generator=generator(s.seed, "prompts")).tolist()
             pictures = [order[i % len(order)] for i in range(s.images)]
-            drawing = self._drawing(subject, tuple(reals.captions[p] for p in pictures))
+            drawing = self._drawing(subject, tuple(data.captions[p][0] for p in pictures))
             own = "alignment" in subject.task.halves  # an untrained head has nothing to say
             rows = generate(
                 subject,
@@ -122,14 +128,15 @@ class Generation:
             metrics |= self._distances(name, real, rows.features)
             metrics |= _agreement(f"generation/{name}/agreement", subject, judge, drawing, rows)
             metrics |= _cost(name, rows.cost, s.images)
-            notes += _notes(name, real, rows.features)
             if subject.rank == 0:
-                samples += _samples(name, drawing, rows, reals, pictures)
-        if subject.rank != 0:
-            return Result(metrics)
-        for note in notes:
-            print(f"[generation] {note}", file=sys.stderr, flush=True)
-        return Result(metrics, details={"samples": samples, "notes": notes})
+                notes = _notes(name, real, rows.features)
+                for note in notes:
+                    print(f"[generation] {note}", file=sys.stderr, flush=True)
+                details[name] = {
+                    "samples": _samples(drawing, rows, data, pictures),
+                    "notes": notes,
+                }
+        return Result(metrics, details=details_of(subject, details))
 
     def _check(self, name: str, pictures: int) -> None:
         s = self.settings
@@ -165,7 +172,7 @@ class Generation:
         what = {
             "drawing": vars(drawing),
             "inference": subject.heads.config.model_dump(mode="json"),
-            "weights": weights_sha256(subject.heads.model),
+            "weights": subject.weights_sha256(),
             "features": extractor.fingerprint,
             "own": own,
             "judge": judge and storage.sha256(str(Path(judge, "model.safetensors"))),
@@ -210,6 +217,13 @@ def _agreement(
     number = {prompt: k for k, prompt in enumerate(distinct)}
     labels = torch.tensor([number[p] for p in drawing.prompts])
     found: dict[str, float] = {}
+    for who, embeddings in (("the model's own head", rows.own), ("judge", rows.judged)):
+        bad = int((~embeddings.isfinite().all(1)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{prefix}: embeddings by {who} of {bad} of {len(embeddings)} generated images are "
+                "not finite; its weights have diverged, take an earlier checkpoint"
+            )
     if rows.own.shape[1]:
         mean, top1 = agreement(rows.own, embed_texts(subject, distinct), labels)
         found |= {prefix: mean, f"{prefix}_top1": top1}
@@ -241,14 +255,13 @@ def _notes(name: str, real: Tensor, made: Tensor) -> list[str]:
 
 
 def _samples(
-    name: str, drawing: Drawing, rows: Rows, reals: Reals, pictures: list[int]
+    drawing: Drawing, rows: Rows, data: EvalSet, pictures: list[int]
 ) -> list[dict[str, Any]]:
     """Generated images and, beside each, the real picture whose caption it was drawn for."""
     shown = from_uint8(rows.pixels)
-    beside = reals.images(pictures[: len(shown)]) if len(shown) else shown
+    beside = data.images(pictures[: len(shown)]) if len(shown) else shown
     return [
         {
-            "set": name,
             "prompt": drawing.prompts[i],
             "seed": drawing.seed + i,
             "png": _png(image),

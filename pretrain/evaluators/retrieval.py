@@ -1,5 +1,6 @@
 """Image-to-text and text-to-image retrieval by the cosine of ê_0 (image) and e (caption)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,16 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.data.evalset import EvalSet
+from pretrain.data.loader import DataConfig
 from pretrain.errors import DataError
-from pretrain.evaluators._embed import (
-    EmbedConfig,
-    details_of,
-    embed_images,
-    embed_texts,
-    open_sets,
-)
+from pretrain.evaluators._embed import EmbedConfig, embed_images, embed_texts
 from pretrain.evaluators._examples import thumbnails
 from pretrain.evaluators._metrics import ranks_of_best, recall
+from pretrain.evaluators._sets import details_of, open_sets
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
 from pretrain.rng import generator
 
@@ -71,14 +68,18 @@ class Retrieval:
     """R@K both ways."""
 
     def __init__(self, settings: Settings) -> None:
-        settings.check("retrieval")
+        settings.need_sets("retrieval")
         self.settings = settings
+
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        for found in open_sets(self.settings.sets, data, beat).values():
+            texts_of(found)
 
     def run(self, subject: Subject) -> Result:
         s = self.settings
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {}
-        for name, data in open_sets(subject, s).items():
+        for name, data in open_sets(s.sets, subject.data, subject.pulse).items():
             texts = texts_of(data)
             embedded = embed_images(subject, data, s)
             e_TE = embed_texts(subject, texts.texts)

@@ -1,10 +1,11 @@
 """A grid of generated images under their prompts, with the same seeds every time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
+from pretrain.data.loader import DataConfig
 from pretrain.evaluators.base import (
     Evaluator,
     EvaluatorConfig,
@@ -59,6 +60,9 @@ class Samples:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        """It reads nothing."""
 
     def run(self, subject: Subject) -> Result:
         s = self.settings

@@ -1,11 +1,15 @@
 """The training objectives on held-out samples: the same losses, on data no step has seen."""
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 
 from pretrain import comm
-from pretrain.data.evalset import load_labelled
-from pretrain.errors import ConfigError
+from pretrain.data.evalset import EvalSet, open_set
+from pretrain.data.loader import DataConfig
+from pretrain.data.setconfig import SetConfig
+from pretrain.errors import ConfigError, DataError
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
 from pretrain.stop import Stopped
 from pretrain.types import Batch
@@ -35,17 +39,25 @@ class Validation:
             )
         self.settings = settings
 
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        self._open(data, beat)
+
+    def _open(self, data: DataConfig, beat: Callable[[], object]) -> EvalSet:
+        s, ranks = self.settings, comm.world_size()
+        if s.global_batch % ranks:
+            raise ConfigError(
+                f"evaluators.validation.global_batch={s.global_batch} is not a multiple of {ranks} "
+                "ranks"
+            )
+        found = open_set("validation", SetConfig(manifest=s.manifest), data, beat)
+        if not len(found):
+            raise DataError(f"evaluators.validation.manifest={s.manifest!r} holds no sample")
+        return found
+
     @torch.no_grad()
     def run(self, subject: Subject) -> Result:
-        s = self.settings
-        assert s.manifest is not None
-        if s.global_batch % subject.world:
-            raise ConfigError(
-                f"evaluators.validation.global_batch={s.global_batch} is not a multiple of "
-                f"{subject.world} ranks"
-            )
-        data = load_labelled(s.manifest, subject.data)
-        n, mine = len(data.labels_N), s.global_batch // subject.world
+        s, data = self.settings, self._open(subject.data, subject.pulse)
+        n, mine = len(data), s.global_batch // subject.world
         length = subject.task.model.config.text_encoder.length
         device = subject.task.model.null_tokens_L.device
         sums: dict[str, float] = {}
@@ -55,10 +67,10 @@ class Validation:
                 raise Stopped
             start = b * s.global_batch + subject.rank * mine
             positions = torch.arange(start, start + mine)
-            indices = positions % n
-            captions = tuple(data.captions[i] for i in indices.tolist())
+            indices = (positions % n).tolist()
+            captions = tuple(data.captions[i][0] for i in indices)
             tokens, mask = subject.tokenizer.encode(list(captions), length)
-            batch = Batch(data.images_NCHW[indices], tokens, mask, positions, captions=captions)
+            batch = Batch(data.images(indices), tokens, mask, positions, captions=captions)
             for name, value in subject.task(batch.to(device)).metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / batches
         return Result(

@@ -1,7 +1,7 @@
 """Zero-shot classification by denoising the text query given the image (DiffDis Alg. 3)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,16 +9,12 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pretrain.data.evalset import EvalSet
+from pretrain.data.loader import DataConfig
 from pretrain.errors import ConfigError, DataError
-from pretrain.evaluators._embed import (
-    EmbedConfig,
-    details_of,
-    embed_images,
-    embed_texts,
-    open_sets,
-)
+from pretrain.evaluators._embed import EmbedConfig, embed_images, embed_texts
 from pretrain.evaluators._examples import thumbnails
 from pretrain.evaluators._metrics import Classified, classify, confusion, per_class, within
+from pretrain.evaluators._sets import details_of, open_sets
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject
 from pretrain.rng import generator
 
@@ -69,14 +65,18 @@ class ZeroShot:
     beside them."""
 
     def __init__(self, settings: Settings) -> None:
-        settings.check("zero_shot")
+        settings.need_sets("zero_shot")
         self.settings = settings
+
+    def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
+        for name, found in open_sets(self.settings.sets, data, beat).items():
+            self._templates(name, found)
 
     def run(self, subject: Subject) -> Result:
         s = self.settings
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {}
-        for name, data in open_sets(subject, s).items():
+        for name, data in open_sets(s.sets, subject.data, subject.pulse).items():
             templates = self._templates(name, data)
             embedded = embed_images(subject, data, s)
             rows_NE = embedded.rows_NE

@@ -27,7 +27,7 @@ def samples(runs: Sequence[Run]) -> str:
         for sample in d.fields.get("samples", ()):
             if (d.run, d.entry) not in columns:
                 columns.append((d.run, d.entry))
-            at = (str(sample.get("set", d.set)), str(sample["prompt"]), str(sample.get("seed", "")))
+            at = (d.set, str(sample["prompt"]), str(sample.get("seed", "")))
             drawn.setdefault(at, {})[columns.index((d.run, d.entry))] = sample.get("png")
     parts = []
     if drawn:

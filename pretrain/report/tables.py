@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pretrain.page.show import escape, number
 from pretrain.report.charts import percent, short
 from pretrain.report.pieces import chip, evaluate, missing, section, table
-from pretrain.report.read import Run
+from pretrain.report.read import Run, details
 from pretrain.results import Finished
 from pretrain.tracking.journal import flatten
 
@@ -107,6 +107,10 @@ def metrics(runs: Sequence[Run]) -> str:
         title = f"{evaluator.replace('_', ' ')}{f' on {name}' if name else ''}"
         prefix = f"{evaluator}/{name}/" if name else f"{evaluator}/"
         tables.append(f"<h3>{escape(title)}</h3>{_compared(runs, names, prefix)}")
+        if evaluator == "generation":
+            found = (n for d in details(runs, evaluator) for n in d.fields.get("notes", ()))
+            told = dict.fromkeys(str(n) for n in found if str(n).startswith(f"{name}: "))
+            tables += [f"<p>{escape(n)}</p>" for n in told]
     note = "The best value of a column is bold where one is better than another."
     body = "".join(tables) or _none(runs)
     return section("All numbers", note, f'<div class="tables">{body}</div>')

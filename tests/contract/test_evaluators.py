@@ -14,10 +14,11 @@ from pretrain import config as configs
 from pretrain import plugins
 from pretrain.data import index
 from pretrain.data.emoji import write_shard
-from pretrain.data.evalset import read_all
+from pretrain.data.evalset import open_set, read_all
 from pretrain.data.reader import ReadConfig
+from pretrain.data.setconfig import SetConfig
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError
 from pretrain.evaluators.base import EvaluatorConfig, Kept, Result, Subject, share
 from pretrain.inference import Heads
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
@@ -142,6 +143,17 @@ def test_what_it_cannot_do_without_is_named(name: str) -> None:
         module.build(module.Settings())
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n in NEEDED and n != "samples"])
+def test_a_file_that_is_not_there_is_told_before_training(
+    name: str, labelled: str, subject: Subject
+) -> None:
+    module = plugins.load(EVALUATORS, name, "evaluators")
+    module.build(settings(name, labelled)).check(subject.data, lambda: None)
+    gone = settings(name, labelled.replace("small.json", "gone.json"))
+    with pytest.raises(DataError, match=r"gone\.json"):
+        module.build(gone).check(subject.data, lambda: None)
+
+
 def test_zero_shot_has_chance_beside_it(labelled: str, subject: Subject) -> None:
     metrics = run("zero_shot", labelled, subject).metrics
     names = {metrics[f"zero_shot/small/{key}"] for key in ("top1", "top5", "chance")}
@@ -152,9 +164,8 @@ def test_zero_shot_has_chance_beside_it(labelled: str, subject: Subject) -> None
 
 
 def labels_of(labelled: str, subject: Subject) -> tuple[str, ...]:
-    from pretrain.data.evalset import load_labelled
-
-    return load_labelled(labelled, subject.data).captions
+    data = open_set("small", SetConfig(manifest=labelled), subject.data)
+    return tuple(name for (name,) in data.captions)
 
 
 def test_the_true_queries_would_score_all(

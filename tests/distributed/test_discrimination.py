@@ -58,7 +58,7 @@ def test_ranks_share_the_chunks_and_go_on_with_those_there_are(
     url, scratch = write_folder(tmp_path / "wds", CLS), tmp_path / "scratch"
     monkeypatch.setattr(_embed, "CHUNK", 2)
     subject = subjects.make(tmp_path, scratch=scratch)
-    zero_shot.open_sets(subject, settings(url))
+    zero_shot.open_sets(settings(url).sets, subject.data, subject.pulse)
     left = iter([False, False, False, True])
     with pytest.raises(Stopped):
         zero_shot.build(settings(url)).run(

@@ -20,12 +20,12 @@ from pretrain import comm, distances
 from pretrain import config as configs
 from pretrain.data import index
 from pretrain.data.emoji import write_shard
-from pretrain.data.evalset import load_labelled, read_all
+from pretrain.data.evalset import open_set, read_all
 from pretrain.data.reader import ReadConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, DataError, NonFiniteError, PretrainError
 from pretrain.evaluators import generation
-from pretrain.evaluators.base import Result, Subject
+from pretrain.evaluators.base import Kept, Result, Subject
 from pretrain.evaluators.generation import Settings, agreement
 from pretrain.features import squeezenet
 from pretrain.features.base import FeaturesConfig
@@ -91,7 +91,7 @@ def new_subject(folder: Path, **changes: Any) -> Subject:
 
 def settings(folder: Path, **changes: Any) -> Settings:
     fields = {
-        "sets": {"small": str(folder / "set.json")},
+        "sets": {"small": {"manifest": str(folder / "set.json")}},
         "images": IMAGES,
         "chunk": CHUNK,
         "sampler": "heun",
@@ -128,8 +128,10 @@ def test_the_numbers_are_those_of_its_pictures(folder: Path, alone: Result) -> N
     pictures = [Image.open(io.BytesIO(base64.b64decode(s["png"]))) for s in samples]
     images = torch.stack([from_pil(p, 16) for p in pictures])
     net = squeezenet.build(str(folder / "squeezenet.safetensors"))
-    data = load_labelled(str(folder / "set.json"), subject.data)
-    real, made = net(data.images_NCHW), net(images)
+    data = open_set("small", settings(folder).sets["small"], subject.data)
+    reals = data.images(range(REALS))
+    captions = [caption for (caption,) in data.captions]
+    real, made = net(reals), net(images)
     found = {k.removeprefix("generation/small/"): v for k, v in alone.metrics.items()}
     # Other batches sum in another order: fp32 features differ in their last digits.
     close = pytest.approx
@@ -138,11 +140,11 @@ def test_the_numbers_are_those_of_its_pictures(folder: Path, alone: Result) -> N
     assert (found["precision"], found["recall"]) == distances.precision_recall(real, made)
     # Prompts are captions of the set's pictures, of each before any comes twice.
     prompts = [s["prompt"] for s in samples]
-    assert sorted(prompts[:REALS]) == sorted(data.captions) and prompts[REALS:] == prompts[:2]
+    assert sorted(prompts[:REALS]) == sorted(captions) and prompts[REALS:] == prompts[:2]
     for sample in samples:
         beside = from_pil(Image.open(io.BytesIO(base64.b64decode(sample["real"]))), 16)
-        of_name = [i for i, c in enumerate(data.captions) if c == sample["prompt"]]
-        assert min(float((beside - data.images_NCHW[i]).abs().max()) for i in of_name) < 1 / 127
+        of_name = [i for i, c in enumerate(captions) if c == sample["prompt"]]
+        assert min(float((beside - reals[i]).abs().max()) for i in of_name) < 1 / 127
 
     length = subject.heads.model.config.text_encoder.length
     e = subject.heads.embed_tokens(*subject.tokenizer.encode(prompts, length))
@@ -213,6 +215,7 @@ def test_what_other_weights_or_settings_drew_is_not_taken(
     assert timeless(run(folder, subject)) == timeless(alone)
     with torch.no_grad():
         subject.task.model.trunk.unet.conv_out.bias += 0.1
+    subject = dataclasses.replace(subject, kept=Kept())
     other = run(folder, subject)
     assert other.metrics["generation/small/fid"] != alone.metrics["generation/small/fid"]
     for changes in ({"steps": 1}, {"guidance": 0.0}, {"sampler": "ddim"}, {"seed": 5}):

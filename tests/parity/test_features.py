@@ -15,7 +15,8 @@ from pretrain import config as configs
 from pretrain import distances
 from pretrain.__main__ import main
 from pretrain.data.drawings import download
-from pretrain.data.evalset import LabelledSet, load_labelled
+from pretrain.data.evalset import EvalSet, open_set
+from pretrain.data.setconfig import SetConfig
 from pretrain.errors import DataError
 from pretrain.evaluators._generated import in_rows
 from pretrain.features import _keras, inception, squeezenet
@@ -82,25 +83,24 @@ def real_weights(tmp_path_factory: pytest.TempPathFactory) -> squeezenet.Squeeze
 
 
 @pytest.fixture(scope="module")
-def drawings() -> LabelledSet:
+def drawings() -> EvalSet:
     tree = configs.read_yaml(ROOT / "configs/debug.yaml")
     tree["data"]["tokenizer"] = str(ROOT / tree["data"]["tokenizer"])
     config = configs.build(RunConfig, tree).data.model_copy(update={"size": 64})
-    return load_labelled(str(ROOT / "data/emoji/heldout-concepts.json"), config)
+    manifest = str(ROOT / "data/emoji/heldout-concepts.json")
+    return open_set("concepts", SetConfig(manifest=manifest), config)
 
 
 @pytest.fixture(scope="module")
-def features(real_weights: squeezenet.SqueezeNet, drawings: LabelledSet) -> Tensor:
-    return in_rows(drawings.images_NCHW, real_weights, torch.device("cpu"))
+def features(real_weights: squeezenet.SqueezeNet, drawings: EvalSet) -> Tensor:
+    return in_rows(drawings.images(range(len(drawings))), real_weights, torch.device("cpu"))
 
 
 def test_features_are_of_order_one(features: Tensor) -> None:
     assert 0.8 < float(features.square().mean().sqrt()) < 1.2
 
 
-def test_the_same_concept_is_found_in_another_style(
-    features: Tensor, drawings: LabelledSet
-) -> None:
+def test_the_same_concept_is_found_in_another_style(features: Tensor, drawings: EvalSet) -> None:
     """Among one vendor's 91 drawings of unseen concepts, the nearest to another vendor's is of the
     same concept in 69% to 75% of cases; by chance in 1%."""
     vendors = [key.rsplit("-", 1)[0] for key in drawings.keys]
@@ -119,11 +119,11 @@ def test_the_same_concept_is_found_in_another_style(
 
 
 def test_distances_rank_distortions(
-    real_weights: squeezenet.SqueezeNet, features: Tensor, drawings: LabelledSet
+    real_weights: squeezenet.SqueezeNet, features: Tensor, drawings: EvalSet
 ) -> None:
     """More blur or noise: further away, by KID and by FID, and far further than other drawings of
     the same kind are."""
-    x, n = drawings.images_NCHW[:60], 60
+    x, n = drawings.images(range(60)), 60
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
     def blurred(size: int) -> Tensor:

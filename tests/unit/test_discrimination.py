@@ -14,7 +14,8 @@ from PIL import Image
 from pretrain.config import build
 from pretrain.errors import ConfigError, DataError, NonFiniteError
 from pretrain.evaluators import _embed, retrieval, zero_shot
-from pretrain.evaluators._embed import embed_images, embed_texts, open_sets
+from pretrain.evaluators._embed import embed_images, embed_texts
+from pretrain.evaluators._sets import open_sets
 from pretrain.evaluators.base import Kept, Result, Subject
 from pretrain.stop import Stopped
 from tests.support import subject as subjects
@@ -119,7 +120,8 @@ def test_retrieval_with_several_captions(subject: Subject, tmp_path: Path) -> No
     m, d = result.metrics, result.details
     assert d is not None and m["retrieval/pets/text_to_image_r8"] == 1.0
     assert m["retrieval/pets/image_to_text_r8"] == 1.0
-    (data,) = open_sets(subject, retrieval.Settings(sets={"pets": folder})).values()  # type: ignore[dict-item]
+    sets = build(retrieval.Settings, {"sets": {"pets": folder}}).sets
+    (data,) = open_sets(sets, subject.data, subject.pulse).values()
     texts = retrieval.texts_of(data)
     assert texts.group_T.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
     rows = embed_images(subject, data, retrieval.Settings(steps=1, noises=1)).rows_NE
@@ -224,30 +226,47 @@ def test_a_model_that_says_nan_is_said_so(
         embed_texts(subject, ["cat"])
 
 
-def test_what_cannot_be_scored_is_refused(subject: Subject, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["check", "run"])
+def test_what_cannot_be_scored_is_refused(subject: Subject, tmp_path: Path, when: str) -> None:
+    """Before training, and again by whoever evaluates."""
+    counted = Counted(subject.heads)
+
+    def refused(module: Any, url: str, error: type[Exception], said: str) -> None:
+        tree = {"sets": {"pets": url}, "steps": 1, "noises": 1}
+        evaluator = module.build(build(module.Settings, tree))
+        with pytest.raises(error, match=said):
+            evaluator.check(subject.data, lambda: None) if when == "check" else evaluator.run(
+                subject
+            )
+
     one_image = write_folder(tmp_path / "one_image", ["1"], shards=1)
-    for run in (classify, retrieve):
-        with pytest.raises(
-            DataError, match=r"'pets' at .*one_image/test has 1 image; a score needs"
-        ):
-            run(subject, one_image)
+    for module in (zero_shot, retrieval):
+        said = r"'pets' at .*one_image/test has 1 image; a score needs"
+        refused(module, one_image, DataError, said)
+        refused(module, str(tmp_path / "none"), DataError, r"none/test/nshards.txt does not exist")
     one_class = write_folder(tmp_path / "one_class", ["0", "0"], classes=["cat"])
-    with pytest.raises(DataError, match="has one class, 'cat': every answer would be right"):
-        classify(subject, one_class)
-    with pytest.raises(DataError, match="has one text, 'cat'"):
-        retrieve(subject, one_class)
+    said = "has one class, 'cat': every answer would be right"
+    refused(zero_shot, one_class, DataError, said)
+    refused(retrieval, one_class, DataError, "has one text, 'cat'")
     captions = write_folder(tmp_path / "captions", CAPTIONS, retrieval=True)
-    with pytest.raises(ConfigError, match=r"sets\.pets: .*captions/test holds captions and no"):
-        classify(subject, captions)
+    said = r"sets\.pets: .*captions/test holds captions and no"
+    refused(zero_shot, captions, ConfigError, said)
     flat = write_folder(tmp_path / "flat", CLS, templates=["a photo"])
-    with pytest.raises(DataError, match="'pets': template 'a photo' has no place for the class"):
-        classify(subject, flat)
+    said = "'pets': template 'a photo' has no place for the class"
+    refused(zero_shot, flat, DataError, said)
+    assert not counted.batches
+
+
+def test_what_no_set_could_mend_is_refused_when_it_is_written(url: str) -> None:
+    def made(**fields: Any) -> zero_shot.Settings:
+        return build(zero_shot.Settings, {"sets": {"a": url}, **fields})
+
     with pytest.raises(ConfigError, match=r"templates: template 'a photo' has no place"):
-        classify(subject, flat, templates=["{c}", "a photo"])
-    with pytest.raises(ConfigError, match=r"sets\.a\.urll='x': unknown field; did you mean 'url'"):
-        build(zero_shot.Settings, {"sets": {"a": {"urll": "x"}}})
+        made(templates=["{c}", "a photo"])
     with pytest.raises(ConfigError, match=r"templates: .*give at least one template"):
-        classify(subject, flat, templates=[])
+        made(templates=[])
+    with pytest.raises(ConfigError, match=r"sets\.a\.urll='x': unknown field; did you mean 'url'"):
+        made(sets={"a": {"urll": "x"}})
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_the_nearest_name_is_suggested(package: str) -> None:
     ("package_name", "expected"),
     [
         ("pretrain.objectives", {"generate", "align"}),
-        ("pretrain.evaluators", {"zero_shot", "retrieval", "validation", "samples"}),
+        ("pretrain.evaluators", {"zero_shot", "retrieval", "generation", "validation", "samples"}),
         ("pretrain.commands", {"train", "evaluate", "export", "data"}),
     ],
 )

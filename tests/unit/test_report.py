@@ -49,8 +49,9 @@ def retrieval(text: str) -> dict[str, Any]:
 
 
 def generation(prompt: str) -> dict[str, Any]:
-    drawn = {"set": "vendor", "prompt": prompt, "png": png("blue")}
-    return {"set": "vendor", "samples": [{**drawn, "seed": 5}, {**drawn, "seed": 6}]}
+    drawn = {"prompt": prompt, "png": png("blue")}
+    samples = [{**drawn, "seed": 5}, {**drawn, "seed": 6}]
+    return {"set": "vendor", "samples": samples, "notes": ["vendor: FID of 4 generated"]}
 
 
 def score(run: Path, shift: float = 0.0, text: str = "apple", suite: str = "study") -> Path:
@@ -155,6 +156,36 @@ def test_several_runs_stand_side_by_side(alpha: Path, beta: Path) -> None:
         "B beta: top-1 75 % (zs[noises=4]), KID 0.0175 (w3)",
     ]
     assert "B on vendor" in found.text  # whose the best figures are
+
+
+def test_each_of_several_sets_has_its_pictures(alpha: Path, beta: Path) -> None:
+    """Details hold one set's fields themselves, of several sets those of each by its name."""
+    for entry in read.load([str(alpha)])[0].entries():
+        path = alpha / "scorecard" / str(entry.details)
+        one = json.loads(path.read_text())
+        other = json.loads(path.read_text().replace('"apple"', '"a pear"'))
+        path.write_text(json.dumps({"sets": {"vendor": one, "concepts": other}}))
+    text, _ = rendered(alpha, beta)
+    for name, run in [("vendor", "A"), ("concepts", "A"), ("vendor", "B")]:
+        assert f"{run} · {name} · zs[noises=" in text
+    assert "B · concepts" not in text
+    assert "a pear → owl" in text and text.count("<b>3<small> of 4</small></b>") == 3
+    worst, retrieval = (
+        re.findall(rf"<h2>{title}</h2>(.*?)<h2>", text, re.S)[0]
+        for title in ("Worst classes", "Retrieval")
+    )
+    titles = [Page(t).text for t in re.findall(r"<h3>(.*?)</h3>", worst)]
+    assert [t.rsplit(" · ")[0] for t in titles] == ["A vendor", "B vendor", "A concepts"]
+    assert "a pear 25 % right" in Page(worst).text
+    titles = [Page(t).text for t in re.findall(r"<h3>(.*?)</h3>", retrieval)]
+    assert titles == ["A vendor · found", "A concepts · found", "B vendor · found"]
+    assert '<bdi class="asked" title="k1">a pear</bdi>' in retrieval
+    cards = re.findall(r'<figure><div class="tiles">.*?<figcaption>(.*?)</figcaption>', text, re.S)
+    shown = [Page(card).text for card in cards]
+    assert shown == ["apple vendor, seed 5", "apple vendor, seed 6"]  # what all of them drew
+    _, alone = rendered(alpha)
+    assert "a pear concepts, seed 6" in alone.text and "apple vendor, seed 5" in alone.text
+    assert alone.text.count("vendor: FID of 4 generated") == 1
 
 
 def test_samples_of_the_same_prompt_and_seed_share_a_card(alpha: Path, beta: Path) -> None:

@@ -13,12 +13,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain import results, scorecard
+from pretrain import results, scorecard, storage
 from pretrain import suite as suites
+from pretrain.data import clipfolder
+from pretrain.errors import DataError
 from pretrain.evaluators import retrieval, zero_shot
 from pretrain.evaluators.base import Result, Subject
 from pretrain.tracking.journal import JournalReader
-from tests.support import ranks, scored
+from tests.support import ranks, scored, weights
+from tests.support.clipset import write_folder
 
 EVALUATE = "tests.support.scored:evaluate"
 
@@ -98,6 +101,9 @@ def test_results_are_what_the_format_says(made: Path, finished: Path) -> None:
     assert 0 <= swept["metrics"]["zero_shot/small/top1"] <= 1
     assert drawn["files"] and not drawn["metrics"]
     assert not any((finished / "scratch").iterdir())
+    # The same images with the same chain are embedded once for all entries.
+    took = [tree["entries"][i]["metrics"]["cost/small/seconds"] for i in (0, 1, 2)]
+    assert took[0] == took[2] != took[1]
 
 
 def test_the_table_has_a_row_for_each_metric(finished: Path) -> None:
@@ -174,6 +180,84 @@ def test_a_file_that_a_setting_names_is_part_of_the_key(made: Path, tmp_path: Pa
     assert dict(
         scorecard._files({"judge": str(model), "x": ["owl", str(tmp_path / "no.bin")]})
     ) == {str(model): str(model / "model.safetensors")}
+
+
+def test_a_folders_key_is_of_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts, shards and split of a folder in clip-benchmark's form; not its place or its title."""
+
+    def key(**fields: Any) -> str:
+        sets = {"pets": {"url": str(tmp_path / "wds"), **fields}}
+        entry = {"evaluator": "zero_shot", "sets": ["pets"]}
+        tree = {"name": "s", "sets": sets, "entries": {"e": entry}}
+        (tmp_path / "suite.yaml").write_text(json.dumps(tree))
+        return scorecard.key_of({}, suites.load(tmp_path / "suite.yaml").entries[0])
+
+    write_folder(tmp_path / "wds", ["0", "1", "2"])
+    first = key()
+    assert key() == first == key(title="Pets")
+    shutil.copytree(tmp_path / "wds", tmp_path / "moved")
+    assert key(url=str(tmp_path / "moved")) == first
+    assert key(templates=["{c}"]) != first
+    # A page of the hub: small files are below `raw`, tars below `resolve`.
+    monkeypatch.setattr(clipfolder, "HUB", f"{tmp_path}/hub/")
+    shutil.copytree(tmp_path / "wds", tmp_path / "hub/user/pets/resolve/main")
+    raw = tmp_path / "hub/user/pets/raw/main"
+    shutil.move(tmp_path / "wds", raw)
+    for tar in raw.rglob("*.tar"):
+        tar.unlink()
+    page = f"{tmp_path}/hub/user/pets/tree/main"
+    assert key(url=page) == first
+    (raw / "classnames.txt").write_text("cat\ndog\nowls\n")
+    assert key(url=page) != first
+    with pytest.raises(DataError, match=r"gone/test/nshards\.txt does not exist"):
+        key(url=str(tmp_path / "gone"))
+
+
+def test_what_is_wrong_with_the_last_entry_is_told_before_the_first(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("pretrain.export.load_task", None)
+    good = {"evaluator": "retrieval", "sets": ["small"]}
+    drawn = {"evaluator": "generation", "sets": ["small"]}
+    lost = {"kind": "squeezenet", "path": "/nowhere.h5"}
+    manifest = str(made / "set/small.json")
+    suite = scored.make_suite(tmp_path / "s.yaml", manifest, a=good, b={**drawn, "features": lost})
+    call = ["--output", str(made / "run"), "--suite", str(suite), "--results", str(tmp_path / "r")]
+    assert scored.evaluate(*call, "--list") == 0  # which needs no weights
+    assert capsys.readouterr().out.count("to run") == 2
+    assert scored.evaluate(*call) == 2
+    assert "entries.b: features.path='/nowhere.h5' is not there" in capsys.readouterr().err
+
+
+def test_generation_over_a_folder_leaves_no_scratch(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_folder(tmp_path / "wds", [str(i % 3) for i in range(12)])
+    path = weights.write_safetensors(tmp_path / "squeezenet.safetensors")
+    entry = {"evaluator": "generation", "sets": ["pets"], "images": 4, "chunk": 2, "steps": 2}
+    entry |= {"neighbours": 2, "kid_subsets": 2, "features": {"path": path}}
+    tree = {"name": "s", "sets": {"pets": url}, "entries": {"drawn": entry}}
+    (tmp_path / "suite.yaml").write_text(json.dumps(tree))
+    kept: list[str] = []
+    inner = storage.write_bytes
+
+    def written(url: str, *data: Any) -> None:
+        kept.append(url)
+        inner(url, *data)
+
+    monkeypatch.setattr(storage, "write_bytes", written)
+    folder = tmp_path / "results"
+    call = ["--output", str(made / "run"), "--suite", str(tmp_path / "suite.yaml")]
+    assert scored.evaluate(*call, "--results", str(folder)) == 0
+    pieces = [p for p in kept if p.startswith(str(folder / "scratch"))]
+    assert len([p for p in pieces if "/reals/" in p]) == 1
+    assert len([p for p in pieces if "/generation-" in p]) == 2
+    assert not any((folder / "scratch").iterdir())
+    (done,) = results.read(folder).entries
+    assert done.metrics["generation/pets/kid"] is not None
+    details = json.loads((folder / str(done.details)).read_text())
+    assert details["set"] == "pets" and details["notes"]
+    assert {s["prompt"] for s in details["samples"]} <= {"cat", "dog", "owl"}
 
 
 def test_bad_choices_are_told_before_anything_is_loaded(

@@ -9,7 +9,12 @@ import yaml
 from pretrain import suite
 from pretrain.errors import ConfigError
 
-SETS = {"small": {"manifest": "/nowhere/small.json"}, "other": "/nowhere/other.json"}
+SETS = {
+    "small": {"manifest": "/nowhere/small.json"},
+    "other": "/nowhere/other.json",
+    "cifar": {"definition": "cifar10", "url": "s3://bucket/wds_vtab-cifar10", "split": "train"},
+    "wrong": {"urll": "s3://bucket/wds_pets"},
+}
 ZERO_SHOT = {"evaluator": "zero_shot", "sets": ["small"]}
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +34,19 @@ def test_an_entry_is_an_evaluator_with_settings_over_named_sets(tmp_path: Path) 
     assert resolved["steps"] == 7 and resolved["guidance"] == 0.0
     assert list(resolved["sets"]) == ["small", "other"]
     assert "every_samples" not in resolved and "at_start" not in resolved
+
+
+@pytest.mark.parametrize("evaluator", ["zero_shot", "retrieval", "generation"])
+def test_a_set_is_what_its_definition_says(tmp_path: Path, evaluator: str) -> None:
+    """To every evaluator alike; what it says of files is not looked at yet."""
+    extractor = {"features": {"kind": "inception", "path": "/nowhere.pth"}, "judge": "/nowhere"}
+    more = extractor if evaluator == "generation" else {}
+    entry = {"evaluator": evaluator, "sets": ["cifar", "other"], **more}
+    found = loaded(tmp_path, x=entry).entries[0].resolved()["sets"]
+    assert found["other"]["manifest"] == "/nowhere/other.json"
+    cifar = found["cifar"]
+    assert cifar["url"] == "s3://bucket/wds_vtab-cifar10" and cifar["split"] == "train"
+    assert cifar["num_classes"] == 10 and cifar["class_names"][0] == "airplane"
 
 
 def test_a_sweep_is_an_entry_for_each_combination(tmp_path: Path) -> None:
@@ -70,6 +88,7 @@ def test_a_swept_list_is_one_value_in_the_name(tmp_path: Path) -> None:
         ({**ZERO_SHOT, "sweep": {"steps": [4, 4]}}, "names a value twice"),
         ({**ZERO_SHOT, "sweep": {"sets": [["small"]]}}, "beside the sweep; keep one"),
         ({**ZERO_SHOT, "steps": 1, "sweep": {"steps": [2]}}, "beside the sweep; keep one"),
+        ({**ZERO_SHOT, "sets": ["wrong"]}, r"entries\.x\.sets\.wrong\.urll=.*did you mean 'url'"),
         ({"evaluator": "samples", "sets": ["small"]}, r"entries\.x\.sets: .*reads no sets"),
         ({"evaluator": "zero_shot"}, r"entries\.x: .*sets"),
         ({"evaluator": "validation"}, r"entries\.x: .*manifest"),

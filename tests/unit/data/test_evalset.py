@@ -12,8 +12,7 @@ from PIL import Image
 
 from pretrain.config import build
 from pretrain.data import clipfolder, evalnotes, evalset, index
-from pretrain.data.evalset import EvalSet, Sight, load_labelled, open_set, read_pictures
-from pretrain.data.loader import DataConfig
+from pretrain.data.evalset import EvalSet, Sight, open_set, read_pictures
 from pretrain.data.reader import ReadConfig, ShardReader
 from pretrain.data.samples import Bounds, prepare
 from pretrain.data.setconfig import SetConfig, definitions, read_definition
@@ -112,14 +111,11 @@ def test_a_manifest_is_by_class_or_by_caption(corpus: Callable[..., str], sight:
     assert classes.fingerprint != retrieval.fingerprint
 
 
-def test_the_older_ways_in(corpus: Callable[..., str]) -> None:
+def test_encoded_pictures_with_their_names(corpus: Callable[..., str], sight: Sight) -> None:
     manifest = corpus([3, 2])
-    data = DataConfig(train="-", tokenizer="-", size=16)
-    found = load_labelled(manifest, data)
-    assert found.images_NCHW.shape == (5, 3, 16, 16) and found.labels_N.tolist() == [0, 1, 2, 3, 4]
-    assert found.captions == found.classes
+    found = open_set("mine", SetConfig(manifest=manifest), sight)
     pictures = read_pictures(manifest)
-    assert [p.name for p in pictures] == list(found.captions)
+    assert [(p.name,) for p in pictures] == list(found.captions)
     assert pictures[0].png.startswith(b"\x89PNG") and pictures[4].key == found.keys[4]
 
 

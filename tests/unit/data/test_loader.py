@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import config as configs
-from pretrain.data.evalset import load_labelled
+from pretrain.data.evalset import open_set
 from pretrain.data.loader import DataConfig, Loader
 from pretrain.data.manifest import Manifest
+from pretrain.data.setconfig import SetConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, DataError
 from pretrain.types import Batch
@@ -265,14 +266,14 @@ def test_an_evaluation_set_is_whole_or_an_error(
     tmp_path: Path, corpus: Callable[..., str], small_tokenizer: str
 ) -> None:
     config = DataConfig(train="", tokenizer=small_tokenizer, size=8)
-    found = load_labelled(corpus([3, 2]), config)
-    assert found.images_NCHW.shape == (5, 3, 8, 8)
+    found = open_set("mine", SetConfig(manifest=corpus([3, 2])), config)
+    assert found.images(range(5)).shape == (5, 3, 8, 8)
     assert found.keys == ("s0-0", "s0-1", "s0-2", "s1-0", "s1-1")
-    assert [found.classes[i] for i in found.labels_N] == list(found.captions)
+    assert [(found.classes[i],) for i in found.labels_N] == list(found.captions)
     nameless: list[Member] = [("a.png", png()), ("a.txt", b"a")]
     url = index(tmp_path / "n", [write_tar(tmp_path / "n/0.tar", nameless)])
     with pytest.raises(DataError, match="'a' has no class `name`"):
-        load_labelled(url, config)
+        open_set("nameless", SetConfig(manifest=url), config)
     assert Manifest.load(url).num_samples == 1
 
 
