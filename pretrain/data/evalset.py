@@ -54,7 +54,7 @@ class EvalSet:
     """Images with their labels or captions, in the order of the shards.
 
     Attributes:
-        name: for messages.
+        name: for messages; the first one it was opened by.
         task: what it is for.
         classes: names; empty of a retrieval set.
         templates: the set's own prompts, or None.
