@@ -5,7 +5,6 @@ for ties, and keeps the hits picture by picture that paired tests need.
 """
 
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -19,10 +18,13 @@ from torch import Tensor, nn
 
 from benchmarks._joint import params, peers, stats
 from pretrain import config as configs
+from pretrain import distances
 from pretrain.data.evalset import LabelledSet, load_labelled
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluators import validation
+from pretrain.evaluators._metrics import classify, ranks_of_best, recall
 from pretrain.evaluators.base import Subject
+from pretrain.features import base as features
 from pretrain.inference import Heads
 from pretrain.rng import generator
 from pretrain.run_config import RunConfig
@@ -124,7 +126,7 @@ def discriminate(
     length = subject.heads.model.config.text_encoder.length
     tokens, mask = subject.tokenizer.encode(list(data.classes), length)
     classes = F.normalize(subject.heads.embed_tokens(tokens, mask), dim=-1)
-    ranks = ranks_of_truth(e0_hat, classes, data.labels_N)
+    ranks = classify(e0_hat, classes, data.labels_N).rank_N
     metrics = found["metrics"]
     metrics |= {
         f"zero_shot/{name}/top1{suffix}": (ranks < 1).float().mean().item(),
@@ -135,24 +137,12 @@ def discriminate(
         return
     metrics[f"zero_shot/{name}/chance"] = 1 / len(data.classes)
     found["hits"][name] = {"n": len(ranks), "top1": stats.pack((ranks < 1).tolist())}
-    scores = e0_hat @ classes.T
-    relevant = data.labels_N[:, None] == torch.arange(len(data.classes))
+    own = torch.arange(len(data.classes))
+    by_image = ranks_of_best(e0_hat, classes, data.labels_N, own)
+    by_text = ranks_of_best(classes, e0_hat, own, data.labels_N)
     for k in (1, 10):
-        metrics[f"retrieval/{name}/image_to_text_r{k}"] = recall_at(scores, relevant, k)
-        metrics[f"retrieval/{name}/text_to_image_r{k}"] = recall_at(scores.T, relevant.T, k)
-
-
-def ranks_of_truth(e0_hat_NE: Tensor, classes_KE: Tensor, labels_N: Tensor) -> Tensor:
-    """How many classes score above the true one, (N,); ties and NaN count against the model."""
-    scores = e0_hat_NE @ classes_KE.T
-    return (~(scores < scores.gather(1, labels_N[:, None]))).sum(1) - 1
-
-
-def recall_at(scores_QG: Tensor, relevant_QG: Tensor, k: int) -> float:
-    """Share of queries with a relevant item among the k best; ties count against the model."""
-    best = scores_QG.masked_fill(~relevant_QG, float("-inf")).max(1, keepdim=True).values
-    better = (~(scores_QG < best) & ~relevant_QG).sum(1)
-    return (better < k).float().mean().item()
+        metrics[f"retrieval/{name}/image_to_text_r{k}"] = recall(by_image, k)
+        metrics[f"retrieval/{name}/text_to_image_r{k}"] = recall(by_text, k)
 
 
 def grid(subject: Subject, task: dict[str, Any], found: dict[str, Any]) -> None:
@@ -166,9 +156,8 @@ def grid(subject: Subject, task: dict[str, Any], found: dict[str, Any]) -> None:
 def kid(subject: Subject, data: LabelledSet, images: int) -> dict[str, float]:
     """KID of generated pictures against ``data``'s, by SqueezeNet's features; and images/s.
 
-    The names of ``images`` of its pictures, drawn once for the study, are the prompts. Without
-    pretrain.features (or its weights) the distance is left out, and the pictures are kept as
-    uint8 in RUN/generated.pt.
+    The names of ``images`` of its pictures, drawn once for the study, are the prompts. The pictures
+    are kept as uint8 in RUN/generated.pt.
     """
     chosen = torch.randperm(len(data.captions), generator=generator("study", "prompts"))[:images]
     prompts = [data.captions[i] for i in chosen.tolist()]
@@ -189,13 +178,8 @@ def kid(subject: Subject, data: LabelledSet, images: int) -> dict[str, float]:
 
 
 def squeezenet_kid(data: LabelledSet, made_NCHW: Tensor, cache: Path) -> dict[str, float]:
-    """KID of images in [-1, 1] against a set's; nothing where there are no features. The set's own
-    features are computed once, into ``cache``."""
-    try:
-        distances = importlib.import_module("pretrain.distances")
-        features = importlib.import_module("pretrain.features.base")
-    except ImportError:
-        return {}
+    """KID of images in [-1, 1] against a set's. The set's own features are computed once, into
+    ``cache``."""
     extractor = features.build(features.FeaturesConfig(kind="squeezenet"))
 
     def rows(images_NCHW: Tensor) -> Tensor:
