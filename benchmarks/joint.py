@@ -30,12 +30,11 @@ def main() -> int:
     names = ", ".join(cells.GROUPS)
     add("--group", nargs="+", choices=cells.GROUPS, default=["main"], help=f"of {names}")
     add("--only", nargs="+", default=[], metavar="NAME", help="these variants or cells, as align-1")
-    seeds = "default: 0 1 2 for main, 0 1 for the rest"
-    add("--seeds", nargs="+", type=int, metavar="N", help=seeds)
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
     add(
         "--samples",
         type=int,
-        default=61_440,
+        default=40_960,
         help=f"of a main training; ablations see half {default}",
     )
     add("--jobs", type=int, default=2, help=f"trainings at a time, one thread each {default}")

@@ -52,7 +52,7 @@ def test_other_groups_see_half_the_samples_or_what_their_model_saw() -> None:
 
 def test_only_takes_variants_and_cells_and_refuses_the_unknown() -> None:
     assert [c.name for c in expand(only=["align-1", "skip_off"])] == [
-        *("skip_off-0", "align-1", "skip_off-1"),
+        *("skip_off-0", "align-1", "skip_off-1", "skip_off-2"),
     ]
     with pytest.raises(ValueError, match="no such cell"):
         expand(only=["jiont"])
