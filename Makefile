@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(HASH)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format clean
+.PHONY: help env demo test soak check format clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [VARIABLE=value]"
@@ -28,6 +28,9 @@ demo: $(STAMP) ## train, score, register and show a small model on two CPU ranks
 # Two files at a time, the folders of long tests first: most of them wait for processes to start.
 test: $(STAMP) ## run the tests (PYTEST_ARGS narrows them)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+soak: $(STAMP) ## run the fault tables in full, of which `test` runs a part (about 15 minutes)
+	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -105,6 +105,7 @@ def states(output: Path) -> dict[str, torch.Tensor]:
     return {f"{k}/{n}": parts.whole(k, n) for k in parts.kinds for n in parts.shapes}
 
 
+@pytest.mark.soak  # the faults of test_reliability.py once more, on another network
 def test_killed_and_stopped_runs_end_with_the_same_bits(undisturbed, tmp_path):
     """10 steps, SIGKILL of everything, resumed, SIGTERM, resumed: equal to 20 steps, with loader
     workers on."""
