@@ -244,7 +244,7 @@ def _subject(
 ) -> Subject:
     return Subject(
         task=task,
-        heads=Heads(task.model, settings.inference),
+        heads=Heads(task.model, settings.inference, task.conditions),
         tokenizer=tokenizer,
         data=settings.data,
         folder=folder.files(entry.name, key),
