@@ -3,8 +3,9 @@
 Shape legend: B samples, M codes of an image, K values of a code. Entropies are in nats.
 """
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,7 +31,8 @@ def draw_codes(logits_BMK: Tensor, u_BMK: Tensor, temperature: float, hard: bool
     soft = (noisy / temperature).softmax(-1)
     if not hard:
         return soft
-    one_hot = F.one_hot(noisy.argmax(-1), logits_BMK.shape[-1]).to(soft.dtype)
+    # (F.one_hot would wait for the device to check the range.)
+    one_hot = torch.zeros_like(soft).scatter(-1, noisy.argmax(-1, keepdim=True), 1.0)
     return one_hot + (soft - soft.detach())
 
 
@@ -42,7 +44,7 @@ def entropy(p_K: Tensor) -> Tensor:
 def missing_entropy(marginal_MK: Tensor) -> Tensor:
     """log K - H(marginal) = KL(marginal || uniform), averaged over codes; 0 where each book is used
     evenly."""
-    return (torch.log(torch.tensor(float(marginal_MK.shape[-1]))) - entropy(marginal_MK)).mean()
+    return (math.log(marginal_MK.shape[-1]) - entropy(marginal_MK)).mean()
 
 
 def use_of_codes(logits_BMK: Tensor) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ def fit(prior: Prior, batches: Iterator[Coded], config: FitConfig) -> Fitted:
             learnt.mean().backward()
             nn.utils.clip_grad_norm_(prior.parameters(), config.clip_norm)
             optimizer.step()
-            own.append(float(learnt.mean()))
+            own.append(float(learnt.detach().mean()))
         seen, since = seen + len(codes), since + len(codes)
         if since >= config.judge_every or seen >= config.samples:
             rows = torch.cat(judged)
