@@ -1,5 +1,5 @@
-"""Codes under ZeRO-3 on two ranks: the losses and weights of a plain loop over the whole batch, with
-the entropy bonus, whose marginal is over the global batch."""
+"""Codes under ZeRO-3 on two ranks: the losses and weights of a plain loop over the whole batch,
+with the entropy bonus, whose marginal is over the global batch."""
 
 import pytest
 import torch
