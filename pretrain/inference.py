@@ -24,6 +24,19 @@ from pretrain.model.diffdis import DiffDis, ModelConfig
 from pretrain.rng import generator
 
 Array = npt.NDArray[np.float32]
+# A condition c and pairs (w_i, c_i) of those to lead away from:
+# x_0 = x_0(c) + sum_i w_i (x_0(c) - x_0(c_i)).
+Conditions = tuple[Tensor, list[tuple[float, Tensor]]]
+ConditionsAt = Callable[[Tensor], Conditions]  # at times t_B of the image path
+# (c_BLD, null_c_BLD, guidance w, a seed for each image) -> conditions over time
+Condition = Callable[[Tensor, Tensor, float, Sequence[int]], ConditionsAt]
+
+
+def captions_alone(
+    c_BLD: Tensor, null_c_BLD: Tensor, guidance: float, seeds: Sequence[int]
+) -> ConditionsAt:
+    """Classifier-free guidance on the caption, at all times: x_0(c) + w (x_0(c) - x_0(null))."""
+    return lambda t_B: (c_BLD, [(guidance, null_c_BLD)])
 
 
 class InferenceConfig(Config):
@@ -54,11 +67,16 @@ class Heads:
     Args:
         model: the network, on any device, in eval mode.
         config: defaults.
+        condition: what generation is conditioned on and guided away from, where objectives of the
+            training added to the caption (`PretrainTask.conditions`).
     """
 
-    def __init__(self, model: DiffDis, config: InferenceConfig) -> None:
+    def __init__(
+        self, model: DiffDis, config: InferenceConfig, condition: Condition = captions_alone
+    ) -> None:
         self.model = model
         self.config = config
+        self.condition = condition
 
     @torch.no_grad()
     def embed_tokens(self, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -114,17 +132,20 @@ class Heads:
         w = self.config.guidance if guidance is None else guidance
         model, device = self.model, tokens_BL.device
         text, null_c = model.encode_text(tokens_BL, mask_BL)
-        c, null_c = text.c_BLD, null_c.expand_as(text.c_BLD)
+        conditions = self.condition(text.c_BLD, null_c.expand_as(text.c_BLD), w, seeds)
         rows = [torch.randn(model.latent_shape, generator=generator(s, "generate")) for s in seeds]
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-            if w == 0:
-                return model.denoise_image(z_t, t, c)
-            both = model.denoise_image(
-                torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([c, null_c])
-            )
-            with_c, without = both.chunk(2)
-            return with_c + w * (with_c - without)
+            c, others = conditions(t)
+            others = [(weight, other) for weight, other in others if weight != 0]
+            n = 1 + len(others)
+            with_c, *without = model.denoise_image(
+                torch.cat([z_t] * n), torch.cat([t] * n), torch.cat([c, *(o for _, o in others)])
+            ).chunk(n)
+            guided = with_c
+            for (weight, _), x0 in zip(others, without, strict=True):
+                guided = guided + weight * (with_c - x0)
+            return guided
 
         z = sample(
             model.image_path,

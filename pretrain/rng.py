@@ -45,10 +45,15 @@ class SampleRandom:
         ]
         return self._stack(rows, shape, device)
 
-    def uniform(self, purpose: str, device: torch.device | None = None) -> Tensor:
-        """Uniform draws in [0, 1), fp32, shape (B,)."""
-        rows = [torch.rand((), generator=generator(self.seed, p, purpose)) for p in self.positions]
-        return self._stack(rows, (), device)
+    def uniform(
+        self, purpose: str, device: torch.device | None = None, shape: Sequence[int] = ()
+    ) -> Tensor:
+        """Uniform draws in [0, 1), fp32, shape (B, *shape)."""
+        rows = [
+            torch.rand(tuple(shape), generator=generator(self.seed, p, purpose))
+            for p in self.positions
+        ]
+        return self._stack(rows, shape, device)
 
     def _stack(
         self, rows: list[Tensor], shape: Sequence[int], device: torch.device | None

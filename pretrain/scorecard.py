@@ -188,7 +188,7 @@ def run(
             key = todo.keys[entry.name]
             subject = Subject(
                 task=task,
-                heads=Heads(task.model, settings.inference),
+                heads=Heads(task.model, settings.inference, task.conditions),
                 tokenizer=tokenizer,
                 data=settings.data,
                 folder=folder.files(entry.name, key),

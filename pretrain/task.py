@@ -3,8 +3,8 @@
 This is what the engine wraps and ZeRO-3 partitions. It names no objective.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pretrain import plugins
 from pretrain.config import Config, build
 from pretrain.errors import ConfigError
+from pretrain.inference import ConditionsAt, captions_alone
 from pretrain.model.diffdis import DiffDis
 from pretrain.objectives.base import Context, Objective, ObjectiveConfig
 from pretrain.rng import SampleRandom
@@ -47,6 +48,13 @@ def check_objectives(tree: Mapping[str, Any]) -> dict[str, ObjectiveConfig]:
         checked = build(module.Settings, fields or {}, where=f"objectives.{name}")
         if checked.weight > 0:
             settings[name] = checked
+    for name, checked in settings.items():
+        missing = sorted(checked.needs - settings.keys())
+        if missing:
+            raise ConfigError(
+                f"objectives.{name} works through objectives.{missing[0]}, which has no weight; "
+                f"set objectives.{missing[0]}.weight > 0, or remove objectives.{name}"
+            )
     if not settings:
         raise ConfigError(
             f"objectives={dict(tree)!r}: no objective has a weight; give at least one of "
@@ -85,11 +93,29 @@ class PretrainTask(nn.Module):
         self.seed = seed
 
     def forward(self, batch: Batch) -> StepOutput:
-        noised = self.noise(batch)
-        output = self.model(noised, "generation" in self.halves, "alignment" in self.halves)
-        context = Context(batch, noised, output, self.model)
+        context = self.context(batch)
         terms = {name: objective(context) for name, objective in self.objectives.items()}
         return StepOutput.weighted(terms, self.weights)
+
+    def context(self, batch: Batch) -> Context:
+        """What the objectives read of ``batch``: noised, conditioned by each, through the trunk."""
+        noised, rng = self.noise(batch), SampleRandom(self.seed, batch.positions_B)
+        for objective in self._built():
+            noised = objective.condition(batch, noised, self.model, rng)
+        output = self.model(noised, "generation" in self.halves, "alignment" in self.halves)
+        return Context(batch, noised, output, self.model, rng)
+
+    def conditions(
+        self, c_BLD: Tensor, null_c_BLD: Tensor, guidance: float, seeds: Sequence[int]
+    ) -> ConditionsAt:
+        """Those of generation with this task's objectives (see `inference.Heads`)."""
+        for objective in self._built():
+            c_BLD = objective.condition_at_inference(c_BLD)
+            null_c_BLD = objective.condition_at_inference(null_c_BLD)
+        return captions_alone(c_BLD, null_c_BLD, guidance, seeds)
+
+    def _built(self) -> list[Objective]:
+        return [cast(Objective, objective) for objective in self.objectives.values()]
 
     def noise(self, batch: Batch) -> Noised:
         """Encode the batch and noise both streams, at times of their own (DiffDis Alg. 1)."""

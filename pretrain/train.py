@@ -502,7 +502,7 @@ def evaluate(
     """
     subject = Subject(
         task=task,
-        heads=Heads(task.model, config.inference),
+        heads=Heads(task.model, config.inference, task.conditions),
         tokenizer=tokenizer,
         data=config.data,
         folder=Path(config.output) / "samples",

@@ -6,10 +6,12 @@ D width of the text condition, E width of the global text query.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Noised:
         e_t_BE: noisy text query of the alignment half.
         noise_e_BE: eps of the text stream.
         t_e_B: text time, in the text path's unit.
+        extras: what an objective's `condition` leaves for its own term, one dataclass each.
     """
 
     z_BCHW: Tensor
@@ -147,6 +150,12 @@ class Noised:
     e_t_BE: Tensor
     noise_e_BE: Tensor
     t_e_B: Tensor
+    extras: tuple[object, ...] = ()
+
+    def extra(self, kind: type[T]) -> T:
+        """The one of ``extras`` that is a ``kind``."""
+        (found,) = (extra for extra in self.extras if isinstance(extra, kind))
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 pass."""
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -192,8 +193,12 @@ class DiffDis(nn.Module):
                     torch.ones_like(noised.t_e_B, dtype=torch.bool),
                 )
             )
+        c_seen = None
+        if len(halves) == 2:
+            c, null_c, c_seen = _same_length(halves[0][2], halves[1][2])
+            halves = [(*h[:2], given, *h[3:]) for h, given in zip(halves, (c, null_c), strict=True)]
         z, t_z, c, e, t_e, seen = (torch.cat(parts) for parts in zip(*halves, strict=True))
-        encoded = self.trunk.encode(z.to(dtype), t_z, c.to(dtype), e.to(dtype), t_e, seen)
+        encoded = self.trunk.encode(z.to(dtype), t_z, c.to(dtype), e.to(dtype), t_e, seen, c_seen)
         f_z = e0_hat = None
         if generation:
             f_z = self.trunk.decode(encoded.first(n), noised.c_BLD.to(dtype)).float()
@@ -235,3 +240,16 @@ class DiffDis(nn.Module):
         )
         f_e = self.trunk.predict_query(encoded).float()
         return self.text_path.x0_of(f_e, e_t_BE, t_e_B)
+
+
+def _same_length(c_BLD: Tensor, null_c_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both halves' conditions, the shorter padded to the longer, and which tokens of the stacked
+    two are seen, (2B, L) bool; None where nothing was padded."""
+    parts = (c_BLD, null_c_BLD)
+    length = max(part.shape[1] for part in parts)
+    if all(part.shape[1] == length for part in parts):
+        return c_BLD, null_c_BLD, None
+    padded = [F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts]
+    place = torch.arange(length, device=c_BLD.device)
+    seen = torch.cat([(place < part.shape[1]).expand(len(part), -1) for part in parts])
+    return padded[0], padded[1], seen

@@ -84,6 +84,7 @@ class DualStreamUNet(Recomputing):
         e_BE: Tensor,
         t_e_B: Tensor,
         query_seen_B: Tensor,
+        c_seen_BL: Tensor | None = None,
     ) -> Encoded:
         """Encoder and mid block on images, with the query as one more token of each self-attention.
 
@@ -94,8 +95,13 @@ class DualStreamUNet(Recomputing):
             e_BE: (noisy) query.
             query_seen_B: bool; where False no image token attends to the query, so the image stream
                 is exactly Stable Diffusion's.
+            c_seen_BL: bool; where False a token of the condition is not attended to. None: all are.
         """
         u = self.unet
+        c_bias = None
+        if c_seen_BL is not None:  # (B, 1, L), added to the logits of cross-attention
+            c_bias = torch.zeros(c_seen_BL.shape, dtype=c_BLD.dtype, device=c_BLD.device)
+            c_bias = c_bias.masked_fill(~c_seen_BL, float("-inf"))[:, None]
         time_BD = u.time_embedding(u.time_proj(t_z_B).to(z_BCHW.dtype))
         inject_BE = e_BE + self.query_time(t_e_B, e_BE.dtype)
         h_BE = torch.zeros_like(e_BE)
@@ -109,7 +115,8 @@ class DualStreamUNet(Recomputing):
                 if attention is not None:
                     block = next(streams) if self.stream.fusion == "all" else None
                     h, h_BE = self.unit(
-                        self._transform, attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B
+                        self._transform,
+                        *(attention, block, h, c_BLD, h_BE, inject_BE, query_seen_B, c_bias),
                     )
                 skips.append(h)
             for downsampler in down.downsamplers or ():
@@ -119,7 +126,7 @@ class DualStreamUNet(Recomputing):
         h = self.unit(mid.resnets[0], h, time_BD)
         h, h_BE = self.unit(
             self._transform,
-            *(mid.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B),
+            *(mid.attentions[0], next(streams), h, c_BLD, h_BE, inject_BE, query_seen_B, c_bias),
         )
         h = self.unit(mid.resnets[1], h, time_BD)
         return Encoded(h, tuple(skips), time_BD, h_BE)
@@ -158,6 +165,7 @@ class DualStreamUNet(Recomputing):
         h_BE: Tensor,
         inject_BE: Tensor,
         query_seen_B: Tensor,
+        c_bias_B1L: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One transformer of the image stream (diffusers' Transformer2DModel) with the query in it
         (Fig. 3)."""
@@ -165,7 +173,7 @@ class DualStreamUNet(Recomputing):
         x_BNC, _ = attention._operate_on_continuous_inputs(x_BCHW)
         if block is None:
             for layer in attention.transformer_blocks:
-                x_BNC = layer(x_BNC, encoder_hidden_states=c_BLD)
+                x_BNC = layer(x_BNC, encoder_hidden_states=c_BLD, encoder_attention_mask=c_bias_B1L)
         else:
             n = x_BNC.shape[1]
             # u = FC_in(h_{e,l-1} + (e_t + Embed(t_e))): the query enters anew at every block.
@@ -179,7 +187,9 @@ class DualStreamUNet(Recomputing):
                 joint = torch.cat([x_BNC, u_B1C], dim=1)
                 joint = joint + layer.attn1(layer.norm1(joint), attention_mask=bias)
                 x_BNC, u_B1C = joint[:, :n], joint[:, n:]
-                x_BNC = x_BNC + layer.attn2(layer.norm2(x_BNC), encoder_hidden_states=c_BLD)
+                x_BNC = x_BNC + layer.attn2(
+                    layer.norm2(x_BNC), encoder_hidden_states=c_BLD, attention_mask=c_bias_B1L
+                )
                 x_BNC = x_BNC + layer.ff(layer.norm3(x_BNC))
                 u_B1C = u_B1C + feed_forward(norm(u_B1C))
             h_BE = block.fc_out(u_B1C[:, 0])

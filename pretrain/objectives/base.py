@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.model.diffdis import DiffDis
+from pretrain.rng import SampleRandom
 from pretrain.types import Batch, LossTerm, ModelOutput, Noised
 
 Half = Literal["generation", "alignment"]
@@ -21,20 +22,25 @@ class ObjectiveConfig(Config):
         weight: factor of the term in the sum (DiffDis Eq. 9: 1 for L_IG and lambda for L_ITA). 0
             leaves the
             objective out altogether: its modules are not built.
+        needs: names of objectives without which this one does nothing, for it works by changing
+            what they read (`Objective.condition`); a configuration that lacks one is refused.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     weight: float = Field(1.0, ge=0)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may read: the batch, what was noised, the trunk's outputs, and the model
-    itself."""
+    """What an objective may read: the batch, what was noised (and conditioned), the outputs of the
+    trunk, the model itself, and draws that depend on seed, sample and purpose alone."""
 
     batch: Batch
     noised: Noised
     output: ModelOutput
     model: DiffDis
+    rng: SampleRandom
 
 
 class Objective(nn.Module):
@@ -47,6 +53,20 @@ class Objective(nn.Module):
     """
 
     reads: ClassVar[frozenset[Half]] = frozenset()
+
+    def condition(self, batch: Batch, noised: Noised, model: DiffDis, rng: SampleRandom) -> Noised:
+        """Called before the trunk, for each objective in the order of the configuration: ``noised``
+        with fields replaced, such as c_BLD with more tokens.
+
+        What it gives is what the trunk and every objective read. The alignment half's fields stay
+        as they are.
+        """
+        return noised
+
+    def condition_at_inference(self, c_BLD: Tensor) -> Tensor:
+        """The generation half's condition where no batch is there to condition on: what stands in
+        training where `condition` adds nothing it knows."""
+        return c_BLD
 
     def forward(self, context: Context) -> LossTerm:
         """The term for this micro-batch: an fp32 scalar whose mean over ranks is the global
