@@ -85,9 +85,9 @@ class PretrainTask(nn.Module):
         self.seed = seed
 
     def forward(self, batch: Batch) -> StepOutput:
-        noised = self.noise(batch)
+        noised, rng = self.noise(batch), SampleRandom(self.seed, batch.positions_B)
         output = self.model(noised, "generation" in self.halves, "alignment" in self.halves)
-        context = Context(batch, noised, output, self.model)
+        context = Context(batch, noised, output, self.model, rng)
         terms = {name: objective(context) for name, objective in self.objectives.items()}
         return StepOutput.weighted(terms, self.weights)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pretrain.config import Config
 from pretrain.model.diffdis import DiffDis
+from pretrain.rng import SampleRandom
 from pretrain.types import Batch, LossTerm, ModelOutput, Noised
 
 Half = Literal["generation", "alignment"]
@@ -28,13 +29,14 @@ class ObjectiveConfig(Config):
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may read: the batch, what was noised, the trunk's outputs, and the model
-    itself."""
+    """What an objective may read: the batch, what was noised (and conditioned), the outputs of the
+    trunk, the model itself, and draws that depend on seed, sample and purpose alone."""
 
     batch: Batch
     noised: Noised
     output: ModelOutput
     model: DiffDis
+    rng: SampleRandom
 
 
 class Objective(nn.Module):
