@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Energy = Callable[[Tensor], Tensor]
@@ -106,26 +105,20 @@ def discrepancy(
     return Contrast(terms.logsumexp(0) - math.log(m), data_B, other_KB)
 
 
-def over_candidates(
-    energies_BN: Tensor, squared_BN: Tensor, own_B: Tensor, spread: float
-) -> Contrast:
-    """DCD over a finite time where x is one of N candidates (p_theta(x_j) ∝ exp(-E_j), the
-    candidates themselves being the base measure): -log p_theta(x_own | y), exactly.
+def over_candidates(energies_KB: Tensor, squared_KB: Tensor, spread: float) -> Contrast:
+    """DCD over a finite time where x is one of K candidates (p_theta(x_j) ∝ exp(-E_j), the
+    candidates themselves being the base measure): -log p_theta(x_0 | y), exactly.
 
     log p_theta(x_j | y) = -E_j - |y - x_j|^2 / 2 s^2 - log sum, and D is the mean of
     KL(p_d(x | y) | p_theta(x | y)). For s -> infinity y tells nothing and this is InfoNCE, which is
     maximum likelihood; the smaller s, the more it is about candidates near the right one.
 
     Args:
-        energies_BN: E(x_j) for each sample.
-        squared_BN: |y_b - x_j|^2, y_b the sample's own x with noise of deviation ``spread``.
-        own_B: int64, which candidate is the sample's own.
+        energies_KB: E(x_j) for each sample, the sample's own x first.
+        squared_KB: |y - x_j|^2, y the own x with noise of deviation ``spread``.
     """
-    logits_BN = -energies_BN - squared_BN / (2 * spread**2)
-    loss_B = F.cross_entropy(logits_BN, own_B, reduction="none")
-    own_BN = F.one_hot(own_B, energies_BN.shape[1]).bool()
-    others = energies_BN[~own_BN].view(len(own_B), -1)
-    return Contrast(loss_B, energies_BN[own_BN], others.T)
+    logits_KB = -energies_KB - squared_KB / (2 * spread**2)
+    return Contrast(logits_KB.logsumexp(0) - logits_KB[0], energies_KB[0], energies_KB[1:])
 
 
 def derivatives(energy: Energy, x_N: Tensor, probe_N: Tensor) -> Derivatives:

@@ -194,8 +194,7 @@ class DCD(Objective):
         (energies_N,) = self.head(token_BW, candidates_KBD.flatten(0, 1), level_B)
         y_BD = x_BD + spread * noise_BD
         squared_KB = (candidates_KBD - y_BD).square().sum(-1)
-        first_B = torch.zeros_like(own_B)
-        return energy.over_candidates(energies_N.view_as(at_KB).T, squared_KB.T, first_B, spread)
+        return energy.over_candidates(energies_N.view_as(at_KB), squared_KB, spread)
 
 
 def build(settings: ObjectiveConfig, model: DiffDis) -> Objective:
