@@ -10,7 +10,7 @@ from pretrain.diffusion import sampler
 from pretrain.diffusion.langevin import Slope, annealed_langevin
 from pretrain.errors import ConfigError
 from pretrain.model.diffdis import DiffDis
-from pretrain.objectives.dcd import DCD
+from pretrain.objectives.dcd import DCD, Unit
 from pretrain.rng import generator
 
 
@@ -79,29 +79,32 @@ def sample_points(
     model: DiffDis,
     dcd: DCD,
     images_BCHW: Tensor,
+    e_NE: Tensor,
     seed: int = 0,
     steps: int = 50,
     rate: float = 0.05,
 ) -> Tensor:
-    """Projected queries drawn from exp(-E(e | z)) by annealed Langevin, (B, D); the nearest
-    projected caption tells what one means. One pass of the trunk, then the head alone.
+    """Points (projected queries) drawn from exp(-E(e | z)) by annealed Langevin, (B, D); the
+    nearest of ``dcd.project(e_NE)`` tells what one means. One pass of the trunk, then the head
+    alone. With one level (``levels`` 1) the steps are plain Langevin's.
 
-    With one level (``levels`` 1) the steps are those of plain Langevin at the clean energy.
+    Args:
+        e_NE: queries of captions such as were trained on; their spread is the unit of noise.
     """
     (token_BW,) = tokens(model, images_BCHW, seed, 1)
-    b, dim, device = len(images_BCHW), dcd.settings.dim, images_BCHW.device
+    unit = Unit.of(dcd.project(e_NE.to(images_BCHW.device)))
+    b, device = len(images_BCHW), images_BCHW.device
 
     def slope_at(level: int) -> Slope:
         level_B = torch.full((b,), level, dtype=torch.int64, device=device)
-        return lambda x_BD: dcd.head(token_BW, x_BD, level_B, torch.zeros_like(x_BD))[1].detach()
+        return dcd.slope(token_BW, level_B, unit)
 
     g = generator(seed, "dcd/sample")
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=g).to(device)
 
-    sigmas = dcd.levels.sigmas[: len(dcd.levels)]
-    if len(sigmas) == 1:
-        sigmas = (dcd.levels.sigmas[1],)
-    start = dcd.levels.sigmas[-1] * noise(torch.empty(b, dim))
-    return annealed_langevin(slope_at, start, sigmas, steps, rate, noise)
+    every = dcd.levels.sigmas
+    sigmas = every[:-1] if len(every) > 2 else every[1:]
+    start = every[-1] * noise(torch.empty(b, dcd.settings.dim))
+    return unit.leave(annealed_langevin(slope_at, start, sigmas, steps, rate, noise))

@@ -11,6 +11,7 @@ What is learned is p(e | z) ∝ exp(-E(e | z)): classes compete by argmin_c E(e_
 (`_dcd_inference`), one more way to classify.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from pretrain import comm
 from pretrain.diffusion import energy
-from pretrain.diffusion.energy import Contrast, Derivatives, Levels
-from pretrain.diffusion.langevin import langevin
+from pretrain.diffusion.energy import Contrast, Derivatives, Energy, Levels
+from pretrain.diffusion.langevin import Slope, langevin
 from pretrain.errors import ConfigError
 from pretrain.model.diffdis import DiffDis
 from pretrain.model.energy_net import EnergyHead
@@ -30,8 +31,8 @@ from pretrain.types import LossTerm
 
 
 class Settings(ObjectiveConfig):
-    """Off unless a config gives it a weight. Points have coordinates of unit mean square, and times
-    and steps are in that unit.
+    """Off unless a config gives it a weight. Times and steps are in units of the captions' own
+    spread (`Unit`): a ``time`` of 1 is noise as large as what tells the batch's captions apart.
 
     Attributes:
         estimator: "finite" (DCD over ``time``, ED estimator), "one_step" (DCD-VE or DCD-VP over
@@ -139,62 +140,99 @@ class DCD(Objective):
     def _contrast(self, context: Context, token_BW: Tensor, x_BD: Tensor) -> Contrast:
         s, rng, device = self.settings, context.rng, x_BD.device
         level_B = self.levels.pick(rng.uniform("dcd/level", device))
+        all_ND = comm.all_gather(x_BD)
+        unit = Unit.of(all_ND)
+        u_BD = unit.enter(x_BD)
 
-        def score(x_ND: Tensor) -> Tensor:
-            energies: Tensor = self.head(token_BW, x_ND, level_B)[0]
+        def score(u_ND: Tensor) -> Tensor:
+            energies: Tensor = self.head(token_BW, unit.leave(u_ND), level_B)[0]
             return energies
 
         noise_BD = rng.normal("dcd/noise", (s.dim,), device)
         if s.against == "captions":
-            return self._over_captions(token_BW, level_B, x_BD, noise_BD)
+            return self._over_captions(score, unit.enter(all_ND), u_BD, noise_BD)
         if s.estimator == "finite":
-            if s.levels > 1:  # x ~ p_d^(sigma_i)
+            if s.levels > 1:  # u ~ p_d^(sigma_i)
                 start = rng.normal("dcd/start", (s.dim,), device)
-                x_BD = x_BD + self.levels.sigma(level_B)[:, None] * start
-            draws_BMD = rng.normal("dcd/noises", (s.negatives, s.dim), device)
+                u_BD = u_BD + self.levels.sigma(level_B)[:, None] * start
+            draws_MBD = rng.normal("dcd/noises", (s.negatives, s.dim), device).transpose(0, 1)
             kernel = self.levels.spread(level_B)[:, None]
-            return energy.discrepancy(
-                score, x_BD, noise_BD, draws_BMD.transpose(0, 1), kernel, s.stabilizer
-            )
+            return energy.discrepancy(score, u_BD, noise_BD, draws_MBD, kernel, s.stabilizer)
         if s.estimator == "one_step":
             probe_BD = rng.normal("dcd/probe", (s.dim,), device).sign()
 
-            def differentiate(y_BD: Tensor, probe_BD: Tensor) -> Derivatives:
-                return Derivatives(*self.head(token_BW, y_BD, level_B, probe_BD))
+            def differentiate(u_BD: Tensor, probe_BD: Tensor) -> Derivatives:
+                return self.derivatives(token_BW, u_BD, level_B, unit, probe_BD)
 
             return energy.one_step(
-                score, x_BD, noise_BD, probe_BD, s.delta, s.process, differentiate
+                score, u_BD, noise_BD, probe_BD, s.delta, s.process, differentiate
             )
-        draws_BKD = rng.normal("dcd/langevin", (s.langevin_steps, s.dim), device)
+        draws_KBD = rng.normal("dcd/langevin", (s.langevin_steps, s.dim), device).transpose(0, 1)
+        slope = self.slope(token_BW.detach(), level_B, unit)
+        return energy.contrastive(score, u_BD, langevin(slope, u_BD, draws_KBD, s.langevin_step))
 
-        def slope(y_BD: Tensor) -> Tensor:
-            fixed = token_BW.detach()
-            gradient: Tensor = self.head(fixed, y_BD, level_B, torch.zeros_like(y_BD))[1]
-            return gradient.detach()
+    def derivatives(
+        self, token_BW: Tensor, u_BD: Tensor, level_B: Tensor, unit: "Unit", probe_BD: Tensor
+    ) -> Derivatives:
+        """Of the energy of standardised points, by these."""
+        value_B, gradient_BD, laplacian_B = self.head(token_BW, unit.leave(u_BD), level_B, probe_BD)
+        return Derivatives(value_B, unit.scale * gradient_BD, unit.scale**2 * laplacian_B)
 
-        negative_BD = langevin(slope, x_BD, draws_BKD.transpose(0, 1), s.langevin_step)
-        return energy.contrastive(score, x_BD, negative_BD)
+    def slope(self, token_BW: Tensor, level_B: Tensor, unit: "Unit") -> Slope:
+        """dE/du without a graph, for Langevin steps."""
+
+        def slope(u_BD: Tensor) -> Tensor:
+            probe_BD = torch.zeros_like(u_BD)
+            return self.derivatives(token_BW, u_BD, level_B, unit, probe_BD).gradient.detach()
+
+        return slope
 
     def _over_captions(
-        self, token_BW: Tensor, level_B: Tensor, x_BD: Tensor, noise_BD: Tensor
+        self, score: Energy, all_ND: Tensor, u_BD: Tensor, noise_BD: Tensor
     ) -> Contrast:
         """Candidates: the own caption first, then those of the next samples of the global batch."""
-        spread = self.settings.spread
-        all_ND = comm.all_gather(x_BD)
-        n, b = len(all_ND), len(x_BD)
+        n, b = len(all_ND), len(u_BD)
         if n < 2:
             raise ConfigError(
                 "objectives.dcd.against='captions' with one sample in the batch has nothing to "
                 "stand against it; raise engine.micro_batch, or set objectives.dcd.against=noise"
             )
-        own_B = torch.arange(b, device=x_BD.device) + comm.rank() * b
-        offsets_K = torch.arange(min(n, self.settings.negatives + 1), device=x_BD.device)
-        at_KB = (own_B[None] + offsets_K[:, None]) % n
-        candidates_KBD = all_ND[at_KB]
-        (energies_N,) = self.head(token_BW, candidates_KBD.flatten(0, 1), level_B)
-        y_BD = x_BD + spread * noise_BD
+        own_B = torch.arange(b, device=u_BD.device) + comm.rank() * b
+        offsets_K = torch.arange(min(n, self.settings.negatives + 1), device=u_BD.device)
+        candidates_KBD = all_ND[(own_B[None] + offsets_K[:, None]) % n]
+        energies_KB = score(candidates_KBD.flatten(0, 1)).view(-1, b)
+        y_BD = u_BD + self.settings.spread * noise_BD
         squared_KB = (candidates_KBD - y_BD).square().sum(-1)
-        return energy.over_candidates(energies_N.view_as(at_KB), squared_KB, spread)
+        return energy.over_candidates(energies_KB, squared_KB, self.settings.spread)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Standardised points u = (x - mean) / scale: the unit of times and steps is the spread of the
+    captions at hand, which changes as their encoder learns. The head itself reads x.
+
+    Attributes:
+        mean_1D: of the points.
+        scale: root mean square deviation of a coordinate, 0-dimensional; 1 of one point alone.
+    """
+
+    mean_1D: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> "Unit":
+        """That of some captions, such as the global batch."""
+        mean_1D = x_ND.mean(0, keepdim=True)
+        scale = (x_ND - mean_1D).square().mean().sqrt()
+        return cls(mean_1D, torch.where(scale > 1e-6, scale, torch.ones_like(scale)))
+
+    def enter(self, x_ND: Tensor) -> Tensor:
+        """Points to standardised points."""
+        return (x_ND - self.mean_1D) / self.scale
+
+    def leave(self, u_ND: Tensor) -> Tensor:
+        """And back."""
+        return self.mean_1D + self.scale * u_ND
 
 
 def build(settings: ObjectiveConfig, model: DiffDis) -> Objective:

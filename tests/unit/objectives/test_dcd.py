@@ -62,14 +62,23 @@ def test_no_estimator_sends_gradient_into_the_captions(case):
     assert any(g is not None and g.any() for g in grads) and null.requires_grad
 
 
-@pytest.mark.parametrize("case", ["finite", "levels", "one step", "cd"])
+@pytest.mark.parametrize("case", ["finite", "levels", "one step", "one step vp", "cd"])
 @torch.no_grad()
-def test_a_batch_is_the_mean_of_its_parts(case):
-    """So it is the same on one rank and on two."""
+def test_times_are_in_units_of_the_captions_spread(case, monkeypatch):
+    """Captions moved and spread fourfold, and a head that undoes it: the same loss."""
     task = task_of(case)
-    whole = task(tiny.batch(4)).loss
-    parts = [task(tiny.batch(2, start=s)).loss for s in (0, 2)]
-    assert torch.allclose(whole, sum(parts) / 2, rtol=1e-5, atol=1e-4)  # one step: over delta
+    dcd, batch = task.objectives["dcd"], tiny.batch(4)
+    plain, project, head = task(batch).loss, dcd.project, dcd.head.forward
+    monkeypatch.setattr(dcd, "project", lambda e: 4 * project(e) + 1)
+
+    def undone(token, x, level, probe=None):
+        found = head(token, (x - 1) / 4, level, probe)
+        return found if probe is None else (found[0], found[1] / 4, found[2] / 16)
+
+    monkeypatch.setattr(dcd.head, "forward", undone)
+    assert torch.allclose(task(batch).loss, plain, rtol=1e-3, atol=2e-3)
+    monkeypatch.setattr(dcd.head, "forward", head)
+    assert not torch.allclose(task(batch).loss, plain, rtol=1e-3, atol=2e-3)
 
 
 def test_row_k_b_is_sample_bs():
@@ -174,7 +183,8 @@ def test_class_energies_are_each_classs_own():
 def test_points_are_sampled_from_the_energy(case):
     task = task_of(case).eval()
     dcd, images = inference.energy_of(task.objectives.items()), tiny.batch(3).images_BCHW
-    first, again = (inference.sample_points(task.model, dcd, images, steps=3) for _ in range(2))
+    e = torch.nn.functional.normalize(torch.randn(5, 24), dim=-1)
+    first, again = (inference.sample_points(task.model, dcd, images, e, steps=3) for _ in range(2))
     assert first.shape == (3, 8) and torch.isfinite(first).all() and torch.equal(first, again)
 
 
