@@ -46,7 +46,8 @@ class EnergyHead(nn.Module):
         Args:
             level_B: int64 level of each sample.
         """
-        level_BH = F.one_hot(level_B, len(self.level)).float() @ self.level.float()
+        levels_L = torch.arange(len(self.level), device=level_B.device)
+        level_BH = (level_B[:, None] == levels_L).float() @ self.level.float()
         h_BH = F.linear(token_BW.float(), self.from_token.float()) + level_BH
 
         def energy(x_ND: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ degrades where dimensions are many. z and the token stay as they are while the p
 step costs no further pass of the trunk, and over a finite time only M more rows of the head. The
 query is data: nothing flows back into the text encoder, which could otherwise make the energy easy.
 
-What is learned is p(e | z) ∝ exp(-E(e | z)): classes compete by argmin_c E(e_c | z)
+It wants captions that differ: `align` beside it, or a frozen text encoder. What is learned is
+p(e | z) ∝ exp(-E(e | z)): classes compete by argmin_c E(e_c | z)
 (`_dcd_inference`), one more way to classify.
 """
 

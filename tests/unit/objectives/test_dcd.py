@@ -9,7 +9,7 @@ from pretrain.errors import ConfigError
 from pretrain.model.energy_net import EnergyConv, EnergyHead, EnergyMLP
 from pretrain.objectives import _dcd_inference as inference
 from pretrain.objectives.dcd import DCD
-from pretrain.task import TaskConfig, check_objectives
+from pretrain.task import check_objectives
 from tests.support import tiny
 
 CASES = {
@@ -190,12 +190,13 @@ def test_points_are_sampled_from_the_energy(case):
 
 @pytest.mark.parametrize("case", ["finite", "captions"])
 def test_a_trained_energy_tells_the_captions_of_its_images_apart(case):
-    config = TaskConfig(image_drop=0.0)
-    changes = {"time": 1.0, "dim": 16, "width": 64, "negatives": 16}
-    task = tiny.task({"dcd": SMALL | CASES[case] | changes}, unet=tiny.ONE_LEVEL, config=config)
+    """Beside `align`, which spreads the captions; alone, an untrained text encoder's are too close
+    together to be told apart within a test."""
+    changes = {"time": 1.0, "width": 64, "negatives": 16}
+    task = tiny.task({"align": {}, "dcd": SMALL | CASES[case] | changes}, unet=tiny.ONE_LEVEL)
     batch = tiny.batch(8)
     optimizer = torch.optim.Adam(task.parameters(), lr=2e-3)
-    for step in range(80):
+    for step in range(120):
         optimizer.zero_grad()
         # other positions, so other draws
         again = dataclasses.replace(batch, positions_B=batch.positions_B + 8 * step)
@@ -207,7 +208,17 @@ def test_a_trained_energy_tells_the_captions_of_its_images_apart(case):
     found = inference.class_energies(task.model, dcd, batch.images_BCHW, e).argmin(1)
     right = (found == torch.arange(8)).float().mean().item()
     print(f"{case}: {right:.2f} of 8 right, chance 0.125")
-    assert right >= 0.5
+    assert right >= 0.75
+
+
+def test_a_run_with_it_can_be_planned_without_memory():
+    """On the meta device, where nothing that depends on data can be computed."""
+    for case in CASES.values():
+        with torch.device("meta"):
+            task = tiny.task({"dcd": SMALL | case}, unet=tiny.ONE_LEVEL)
+        batch = tiny.batch(4)
+        batch = dataclasses.replace(batch.to("meta"), positions_B=batch.positions_B)
+        assert task(batch).loss.device.type == "meta"
 
 
 def test_stand_alone_networks_are_smooth_energies():
