@@ -188,15 +188,14 @@ def test_points_are_sampled_from_the_energy(case):
     assert first.shape == (3, 8) and torch.isfinite(first).all() and torch.equal(first, again)
 
 
-@pytest.mark.parametrize("case", ["finite", "captions"])
-def test_a_trained_energy_tells_the_captions_of_its_images_apart(case):
+def test_a_trained_energy_tells_the_captions_of_its_images_apart():
     """Beside `align`, which spreads the captions; alone, an untrained text encoder's are too close
     together to be told apart within a test."""
     changes = {"time": 1.0, "width": 64, "negatives": 16}
-    task = tiny.task({"align": {}, "dcd": SMALL | CASES[case] | changes}, unet=tiny.ONE_LEVEL)
+    task = tiny.task({"align": {}, "dcd": SMALL | changes}, unet=tiny.ONE_LEVEL)
     batch = tiny.batch(8)
     optimizer = torch.optim.Adam(task.parameters(), lr=2e-3)
-    for step in range(120):
+    for step in range(160):
         optimizer.zero_grad()
         # other positions, so other draws
         again = dataclasses.replace(batch, positions_B=batch.positions_B + 8 * step)
@@ -207,7 +206,7 @@ def test_a_trained_energy_tells_the_captions_of_its_images_apart(case):
     e = task.model.encode_text(batch.tokens_BL, batch.mask_BL)[0].e_BE
     found = inference.class_energies(task.model, dcd, batch.images_BCHW, e).argmin(1)
     right = (found == torch.arange(8)).float().mean().item()
-    print(f"{case}: {right:.2f} of 8 right, chance 0.125")
+    print(f"{right:.2f} of 8 right, chance 0.125")
     assert right >= 0.75
 
 
