@@ -167,10 +167,13 @@ class ModelOutput:
             business); None where no objective reads the generation half.
         e0_hat_BE: the estimate of the clean query e_0 that the text stream's output stands for,
             not normalised; None where no objective reads the alignment half.
+        token_BW: the alignment head's final text token, from which ê_0 is read; of the weights'
+            type, W its width; None as ê_0.
     """
 
     f_z_BCHW: Tensor | None
     e0_hat_BE: Tensor | None
+    token_BW: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,32 @@ def _filled(template: str, name: str) -> str:
     return CLASS.sub(lambda _: name, template)  # a function: a name may hold a backslash
 
 
+def templates_of(
+    evaluator: str, templates: Sequence[str] | None, name: str, data: EvalSet
+) -> Sequence[str]:
+    """Those given, else the set's own, else the bare class name.
+
+    Raises:
+        ConfigError, DataError: the set holds no classes to tell apart, or a template no place.
+    """
+    if data.task != "classification":
+        raise ConfigError(
+            f"evaluators.{evaluator}.sets.{name}: {data.config.place} holds captions and no "
+            "classes; evaluators.retrieval scores it"
+        )
+    if len(data.classes) < 2:
+        raise DataError(
+            f"evaluation set {name!r} has one class, {data.classes[0]!r}: every answer would "
+            "be right; zero-shot classification needs two at least"
+        )
+    templates = templates or data.templates or ("{}",)
+    try:
+        check_templates(templates)
+    except ValueError as error:
+        raise DataError(f"evaluation set {name!r}: {error}") from None
+    return templates
+
+
 class ZeroShot:
     """Top-1, top-5 and the mean of per-class accuracies over each set's own classes, with chance
     beside them."""
@@ -70,14 +96,14 @@ class ZeroShot:
 
     def check(self, data: DataConfig, beat: Callable[[], object]) -> None:
         for name, found in open_sets(self.settings.sets, data, beat).items():
-            self._templates(name, found)
+            templates_of("zero_shot", self.settings.templates, name, found)
 
     def run(self, subject: Subject) -> Result:
         s = self.settings
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {}
         for name, data in open_sets(s.sets, subject.data, subject.pulse).items():
-            templates = self._templates(name, data)
+            templates = templates_of("zero_shot", s.templates, name, data)
             embedded = embed_images(subject, data, s)
             rows_NE = embedded.rows_NE
             if s.shuffle_images:  # an image's row depends on it alone
@@ -104,24 +130,6 @@ class ZeroShot:
                     "examples": self._examples(data, found, rows_NE, classes_KE),
                 }
         return Result(metrics, details=details_of(subject, details))
-
-    def _templates(self, name: str, data: EvalSet) -> Sequence[str]:
-        if data.task != "classification":
-            raise ConfigError(
-                f"evaluators.zero_shot.sets.{name}: {data.config.place} holds captions and no "
-                "classes; evaluators.retrieval scores it"
-            )
-        if len(data.classes) < 2:
-            raise DataError(
-                f"evaluation set {name!r} has one class, {data.classes[0]!r}: every answer would "
-                "be right; zero-shot classification needs two at least"
-            )
-        templates = self.settings.templates or data.templates or ("{}",)
-        try:
-            check_templates(templates)
-        except ValueError as error:
-            raise DataError(f"evaluation set {name!r}: {error}") from None
-        return templates
 
     def _examples(
         self, data: EvalSet, found: Classified, rows_NE: Tensor, classes_KE: Tensor

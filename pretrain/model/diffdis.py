@@ -199,13 +199,13 @@ class DiffDis(nn.Module):
             halves = [(*h[:2], given, *h[3:]) for h, given in zip(halves, (c, null_c), strict=True)]
         z, t_z, c, e, t_e, seen = (torch.cat(parts) for parts in zip(*halves, strict=True))
         encoded = self.trunk.encode(z.to(dtype), t_z, c.to(dtype), e.to(dtype), t_e, seen, c_seen)
-        f_z = e0_hat = None
+        f_z = e0_hat = token = None
         if generation:
             f_z = self.trunk.decode(encoded.first(n), noised.c_BLD.to(dtype)).float()
         if alignment:
-            f_e = self.trunk.predict_query(encoded.last(n)).float()
-            e0_hat = e_path.x0_of(f_e, noised.e_t_BE, noised.t_e_B)
-        return ModelOutput(f_z, e0_hat)
+            f_e, token = self.trunk.read_query(encoded.last(n))
+            e0_hat = e_path.x0_of(f_e.float(), noised.e_t_BE, noised.t_e_B)
+        return ModelOutput(f_z, e0_hat, token)
 
     def denoise_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
         """x_0 estimate of the generation branch, for samplers."""
@@ -229,6 +229,12 @@ class DiffDis(nn.Module):
         self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor
     ) -> Tensor:
         """ê_0 of the alignment branch given clean latents, not normalised."""
+        return self.read_query(e_t_BE, t_e_B, z_BCHW, null_c_1LD)[0]
+
+    def read_query(
+        self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`denoise_query`, and the final text token (B, W) beside it."""
         clean = torch.zeros(len(z_BCHW), device=z_BCHW.device)
         encoded = self.trunk.encode(
             self.image_path.network_input(z_BCHW, clean).to(self.dtype),
@@ -238,8 +244,8 @@ class DiffDis(nn.Module):
             self.text_path.schedule.embed(t_e_B),
             torch.ones(len(z_BCHW), dtype=torch.bool, device=z_BCHW.device),
         )
-        f_e = self.trunk.predict_query(encoded).float()
-        return self.text_path.x0_of(f_e, e_t_BE, t_e_B)
+        f_e, token_BW = self.trunk.read_query(encoded)
+        return self.text_path.x0_of(f_e.float(), e_t_BE, t_e_B), token_BW
 
 
 def _same_length(c_BLD: Tensor, null_c_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -145,7 +145,12 @@ class DualStreamUNet(Recomputing):
 
     def predict_query(self, encoded: Encoded) -> Tensor:
         """ê_0, shape (B, E), from the text token and the mid map."""
-        return self.head(encoded.h_BE, encoded.mid_BCHW)
+        return self.read_query(encoded)[0]
+
+    def read_query(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """ê_0, and the head's final text token, (B, W)."""
+        e0_hat_BE, token_BW = self.head(encoded.h_BE, encoded.mid_BCHW)
+        return e0_hat_BE, token_BW
 
     @staticmethod
     def _joined(resnet: Any, x_BCHW: Tensor, skip_BCHW: Tensor, time_BD: Tensor) -> Tensor:

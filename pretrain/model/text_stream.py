@@ -90,11 +90,12 @@ class AlignmentHead(Recomputing):
         self.predictor = nn.Linear(width, query_dim)
         nn.init.normal_(self.position.weight, std=0.02)
 
-    def forward(self, h_BE: Tensor, mid_BCHW: Tensor) -> Tensor:
-        """ê_0, shape (B, E), not normalised."""
+    def forward(self, h_BE: Tensor, mid_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """ê_0, shape (B, E), not normalised; and the final text token it is read from, (B, W)."""
         map_BNC = mid_BCHW.flatten(2).transpose(1, 2)
         x_BND = torch.cat([self.from_query(h_BE)[:, None], self.from_map(map_BNC)], dim=1)
         x_BND = x_BND + self.position(torch.arange(x_BND.shape[1], device=x_BND.device))
         for block in self.blocks:
             x_BND = self.unit(block, x_BND)
-        return self.predictor(self.norm(x_BND[:, 0]))
+        token_BW = self.norm(x_BND[:, 0])
+        return self.predictor(token_BW), token_BW

@@ -33,6 +33,7 @@ WEIGHTS = "squeezenet.safetensors"  # beside the set
 NEEDED: dict[str, dict[str, Any]] = {
     "validation": {"manifest": "SET", "global_batch": 8, "repeats": 1},
     "zero_shot": {"sets": {"small": "SET"}, "steps": 1, "noises": 1},
+    "zero_shot_energy": {"sets": {"small": "SET"}, "noises": 1},
     "retrieval": {"sets": {"small": "SET"}, "steps": 1, "noises": 1},
     "generation": {
         "sets": {"small": "SET"},
@@ -62,6 +63,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
 def base() -> Subject:
     tree = configs.read_yaml(ROOT / "configs/debug.yaml")
     tree["data"]["tokenizer"] = str(ROOT / tree["data"]["tokenizer"])
+    # for `zero_shot_energy`
+    tree["objectives"] = {"generate": {}, "align": {}, "dcd": {"weight": 1.0}}
     config = configs.build(RunConfig, tree)
     tokenizer = Tokenizer(config.data.tokenizer)
     task = build_task(config, tokenizer).eval()
