@@ -87,7 +87,8 @@ class PretrainTask(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         noised = self.noise(batch)
         output = self.model(noised, "generation" in self.halves, "alignment" in self.halves)
-        context = Context(batch, noised, output, self.model)
+        rng = SampleRandom(self.seed, batch.positions_B)
+        context = Context(batch, noised, output, self.model, rng)
         terms = {name: objective(context) for name, objective in self.objectives.items()}
         return StepOutput.weighted(terms, self.weights)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pretrain.config import Config
 from pretrain.model.diffdis import DiffDis
+from pretrain.rng import SampleRandom
 from pretrain.types import Batch, LossTerm, ModelOutput, Noised
 
 Half = Literal["generation", "alignment"]
@@ -29,12 +30,18 @@ class ObjectiveConfig(Config):
 @dataclass(frozen=True)
 class Context:
     """What an objective may read: the batch, what was noised, the trunk's outputs, and the model
-    itself."""
+    itself.
+
+    Attributes:
+        rng: draws by (seed, sample number, stream name), for objectives that need some of their
+            own.
+    """
 
     batch: Batch
     noised: Noised
     output: ModelOutput
     model: DiffDis
+    rng: SampleRandom
 
 
 class Objective(nn.Module):

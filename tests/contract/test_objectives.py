@@ -6,6 +6,7 @@ import torch
 from pretrain import plugins
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import Context, Half, Objective, ObjectiveConfig
+from pretrain.rng import SampleRandom
 from pretrain.task import PACKAGE, PretrainTask, check_objectives
 from tests.support import tiny
 
@@ -17,7 +18,7 @@ def context(task: PretrainTask, n: int = 6) -> Context:
     batch = tiny.batch(n)
     noised = task.noise(batch)
     output = task.model(noised, "generation" in task.halves, "alignment" in task.halves)
-    return Context(batch, noised, output, task.model)
+    return Context(batch, noised, output, task.model, SampleRandom(task.seed, batch.positions_B))
 
 
 @pytest.mark.parametrize("name", NAMES)
