@@ -28,14 +28,17 @@ class Corpus:
     captions: tuple[str, ...]
 
 
-def read_corpus(manifest: str, size: int) -> Corpus:
-    """Every usable sample of a manifest, in memory: for corpora of up to some ten thousand.
+def read_corpus(manifest: str, size: int, most: int | None = None) -> Corpus:
+    """Usable samples of a manifest, all or the first ``most``, in memory: for corpora of up to some
+    ten thousand.
 
     Raises:
         DataError: none is usable.
     """
     images, captions, bounds = [], [], Bounds(64 << 20, 1 << 26)
     for raw in read_all(manifest, ReadConfig()):
+        if most is not None and len(images) >= most:
+            break
         try:
             image, texts = decode(raw, bounds, (size, size))
             images.append(prepare(image, size))

@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--negatives", choices=("inter", "intra"), default="intra", help=default)
     add("--count", type=int, default=10, help=f"negatives a sample (the paper: 10) {default}")
     add("--chunks", type=int, default=8, help=f"of intra-negatives (the paper: 8) {default}")
+    add("--samples", type=int, help="at most so many of the manifest (default: all)")
     add("--updates", type=int, default=5000, help=default)
     add("--batch", type=int, default=32, help=default)
     add("--lr", type=float, default=4.5e-4, help=default)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer, length = Tokenizer(args.tokenizer), config.text_encoder.length
 
     def prepared(manifest: str) -> "tuple[Tensor, Tensor, Tensor]":
-        corpus = _files.read_corpus(manifest, size)
+        corpus = _files.read_corpus(manifest, size, args.samples)
         codes = torch.cat([vq.encode(part).flatten(1) for part in corpus.images_NCHW.split(256)])
         return codes, *tokenizer.encode(list(corpus.captions), length)
 
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         optimizer.step()
         if (k + 1) % max(1, args.updates // 10) == 0:
             nll = held_out_nll(model, *held_out)
-            said = "".join(f"  {name} {float(v):.4f}" for name, v in term.metrics.items())
+            said = "".join(f"  {name} {float(v.detach()):.4f}" for name, v in term.metrics.items())
             print(f"{k + 1:>7} held-out {nll:.4f} nats a token{said}", flush=True)
             if alarm.rings(nll):
                 print(

@@ -11,6 +11,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--data", default="data/emoji/train.json", help=f"manifest {default}")
     add("--out", default="runs/vq", help=f"folder {default}")
     add("--size", type=int, default=32, help=f"pixels on a side {default}")
+    add("--samples", type=int, help="at most so many of the manifest (default: all)")
     add("--updates", type=int, default=2000, help=default)
     add("--batch", type=int, default=64, help=default)
     add("--lr", type=float, default=1e-3, help=default)
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             f"size={args.size} is not a multiple of {2**config.halvings} (halvings="
             f"{config.halvings}); choose one that is"
         )
-    images = _files.read_corpus(args.data, args.size).images_NCHW
+    images = _files.read_corpus(args.data, args.size, args.samples).images_NCHW
     torch.manual_seed(args.seed)
     model = VQAutoencoder(config)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr)

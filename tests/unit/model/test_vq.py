@@ -1,5 +1,6 @@
 """The VQ tokenizer, the token denoiser, and the commands that train them."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
 def test_a_codebook_finds_the_clusters_and_gradients_pass_straight_through(kind: str) -> None:
     torch.manual_seed(0)
-    config = VQConfig(codes=4, dim=2, codebook=kind, decay=0.8)
+    config = VQConfig(codes=12, dim=2, codebook=kind, decay=0.8)
     book = Codebook(config)
     centres = torch.tensor([[3.0, 3.0], [-3.0, 3.0], [3.0, -3.0], [-3.0, -3.0]])
     parameters = list(book.parameters())
@@ -33,7 +34,7 @@ def test_a_codebook_finds_the_clusters_and_gradients_pass_straight_through(kind:
                     p -= 0.5 * p.grad
                     p.grad = None
     distance = torch.cdist(centres, book.codes_VD.detach()).min(1).values
-    assert distance.max() < 0.3 and len(set(book.nearest(centres).tolist())) == 4
+    assert distance.max() < 0.5 and len(set(book.nearest(centres).tolist())) == 4
     z = torch.randn(5, 2, requires_grad=True)
     book.eval()
     out, index, _ = book(z)
@@ -76,7 +77,7 @@ def test_the_commands_train_and_sample(tmp_path: Path, capsys: pytest.CaptureFix
     vq, model, picture = (str(tmp_path / name) for name in ("vq", "model", "out.png"))
     assert (
         main(
-            f"vq train --data {data} --out {vq} --size 16 --updates 2 --batch 4 "
+            f"vq train --data {data} --out {vq} --size 16 --samples 6 --updates 2 --batch 4 "
             "--set codes=8 --set dim=4 --set width=8".split()
         )
         == 0
@@ -86,15 +87,14 @@ def test_the_commands_train_and_sample(tmp_path: Path, capsys: pytest.CaptureFix
         "--set text_encoder={width:\\ 16,query_dim:\\ 8,layers:\\ 1,heads:\\ 2,length:\\ 8} "
         "--set loss.contrast=0.01"
     )
-    import shlex
-
     tokenizer = ROOT / "data/emoji/tokenizer.model"
     for negatives in ("intra", "inter"):
         assert (
             main(
                 shlex.split(
                     f"vq denoise --data {data} --heldout {data} --vq {vq} --tokenizer {tokenizer} "
-                    f"--out {model} --updates 2 --batch 4 --negatives {negatives} {small}"
+                    f"--out {model} --samples 6 --updates 2 --batch 4 "
+                    f"--negatives {negatives} {small}"
                 )
             )
             == 0
