@@ -209,6 +209,12 @@ class DiffDis(nn.Module):
 
     def denoise_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
         """x_0 estimate of the generation branch, for samplers."""
+        f = self.predict_image(z_t_BCHW, t_z_B, c_BLD)
+        return self.image_path.x0_of(f, z_t_BCHW, t_z_B)
+
+    def predict_image(self, z_t_BCHW: Tensor, t_z_B: Tensor, c_BLD: Tensor) -> Tensor:
+        """F of the generation branch alone, as `forward` computes it; for samplers, and for
+        objectives that ask the trunk again (as often on every rank, at every step)."""
         query = z_t_BCHW.new_zeros(
             len(z_t_BCHW), self.config.text_encoder.query_dim, dtype=self.dtype
         )
@@ -222,8 +228,7 @@ class DiffDis(nn.Module):
             torch.zeros_like(t_z_B),
             unseen,
         )
-        f = self.trunk.decode(encoded, c_BLD.to(self.dtype)).float()
-        return path.x0_of(f, z_t_BCHW, t_z_B)
+        return self.trunk.decode(encoded, c_BLD.to(self.dtype)).float()
 
     def denoise_query(
         self, e_t_BE: Tensor, t_e_B: Tensor, z_BCHW: Tensor, null_c_1LD: Tensor

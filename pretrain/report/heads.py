@@ -14,6 +14,7 @@ HEADS = {
     "generate": "Generation head: loss",
     "align": "Alignment head: loss",
     "denoise_text": "Text denoising: loss",
+    "cdcd": "Contrast of captions (CDCD): loss",
 }
 _SAMPLES = Axis("samples", charts.short)
 
