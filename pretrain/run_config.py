@@ -108,11 +108,23 @@ class RunConfig(Config):
             )
         try:
             self.optimizer.check_length(self.training.samples)
-            check_objectives(self.objectives)
+            self._check_recomputing()
             check_evaluators(self.evaluators)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _check_recomputing(self) -> None:
+        """Recomputed units go back one by one (see `model/recompute.py`): a parameter that two
+        passes read would be reduced twice, and ZeRO keeps the second gradient alone or fails."""
+        again = [n for n, o in check_objectives(self.objectives).items() if o.further_passes]
+        if again and self.engine.activation_checkpointing and self.engine.zero_stage > 0:
+            raise ConfigError(
+                f"engine.activation_checkpointing=true and objectives.{again[0]}, which passes the "
+                f"trunk a second time, cannot be used together under engine.zero_stage="
+                f"{self.engine.zero_stage}; set engine.activation_checkpointing: false, or for "
+                "cdcd mechanism: step"
+            )
 
     def check_ranks(self, world: int) -> None:
         """What can only be known with the number of ranks.

@@ -30,6 +30,12 @@ class ObjectiveConfig(Config):
 
     weight: float = Field(1.0, ge=0)
 
+    @property
+    def further_passes(self) -> int:
+        """How many times the term asks the trunk again, with gradients, beside the pass that all
+        objectives share. The same on every rank, at every step."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Context:

@@ -51,6 +51,11 @@ class Settings(ObjectiveConfig):
     margin: float = Field(1.0, gt=0)
     temperature: float = Field(0.1, gt=0)
 
+    @property
+    def further_passes(self) -> int:
+        """One, over all negatives, sample-wise; none step-wise."""
+        return int(self.mechanism == "sample")
+
     @model_validator(mode="after")
     def _bearable(self) -> "Settings":
         loss.check_weight(self.weight * self.contrast, self.bound, "weight × contrast")

@@ -86,6 +86,18 @@ def test_it_reads_no_more_of_the_trunk_than_it_declares(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_it_asks_the_trunk_again_as_often_as_it_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tiny.task(alone(name))
+    read, calls = context(task), []
+    encode = task.model.trunk.encode
+    monkeypatch.setattr(task.model.trunk, "encode", lambda *a: calls.append(1) or encode(*a))
+    task.objectives[name](read)
+    assert len(calls) == check_objectives(alone(name))[name].further_passes
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_learns_from_every_sample(name: str) -> None:
     task = tiny.task(alone(name))
     with torch.no_grad():

@@ -59,7 +59,8 @@ class FaultProxy:
 
     Attributes:
         weather: may be replaced at any time.
-        counts: of each method's requests and of "503", "reset", "truncate", "stall", "down".
+        counts: of each method's requests and of "503", "reset", "truncate", "stall", "down"; and of
+            "upstream", the errors that were the server's own.
         url: for clients.
     """
 
@@ -158,7 +159,10 @@ class FaultProxy:
         reply = await _head(up_reader)
         while reply.split(b" ", 2)[1] == b"100":
             reply = await _head(up_reader)
-        length = 0 if method == "HEAD" or reply.split(b" ", 2)[1] in (b"204", b"304") else None
+        status = reply.split(b" ", 2)[1]
+        if status >= b"500":  # the server's own, under load: asked again, and rightly
+            self.counts["upstream"] += 1
+        length = 0 if method == "HEAD" or status in (b"204", b"304") else None
         length = _length(reply) if length is None else length
         if "stall" in fate and not late:
             await self._stall(weather)

@@ -236,3 +236,12 @@ def test_a_bad_override_ends_with_code_2_and_one_clear_message(
 def test_a_missing_config_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "configs/none.yaml", "--dry-run"]) == 2
     assert "configs/none.yaml" in capsys.readouterr().err
+
+
+def test_a_second_pass_through_a_recomputed_trunk_is_refused_under_zero() -> None:
+    """DeepSpeed would reduce one parameter twice (tests/distributed/test_objectives.py)."""
+    recomputing = ["engine.activation_checkpointing=true", "objectives.cdcd.weight=1"]
+    with pytest.raises(ConfigError, match=r"activation_checkpointing=true and objectives\.cdcd"):
+        configs.load(RunConfig, DEBUG, recomputing)
+    configs.load(RunConfig, DEBUG, [*recomputing, "objectives.cdcd.mechanism=step"])
+    configs.load(RunConfig, DEBUG, [*recomputing, "engine.zero_stage=0"])

@@ -19,7 +19,7 @@ from pretrain.objectives import _cdcd_tokens as tokens
 from pretrain.objectives.base import Context
 from pretrain.rng import SampleRandom
 from pretrain.task import PretrainTask, TaskConfig, check_objectives
-from tests.support import ranks, tiny
+from tests.support import tiny
 from tests.unit.diffusion.test_discrete import exact_bounds, process
 
 BC = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])  # p(z | c), of two conditions
@@ -63,7 +63,7 @@ def test_what_is_subtracted_is_clamped_and_masked() -> None:
     weighed = loss.contrast(d, real, torch.zeros(2), "none", weight_B=torch.tensor([2.0, 0.0]))
     assert float(weighed.detach()) == pytest.approx(-3)
     nothing = loss.contrast(d, torch.zeros_like(real), torch.ones(2), "info_nce")
-    assert float(nothing) == 0
+    assert float(nothing.detach()) == 0
     assert loss.time_weight(torch.tensor([0, 40, 80]), 80).tolist() == [1.0, 1.5, 2.0]
 
 
@@ -203,36 +203,3 @@ def test_a_step_wise_negative_costs_no_further_pass() -> None:
         task.model.predict_image = lambda *a, p=predict, c=calls: c.append(1) or p(*a)
         term(task, tiny.batch(3))
         assert len(calls) == passes
-
-
-LR = 1e-3
-
-
-def train(settings: list[dict]) -> list[list[float]]:
-    """Runs on each rank: two steps of a global batch of four under ZeRO-3, by settings."""
-    from pretrain import comm
-    from pretrain.engine import Engine, init_distributed
-    from pretrain.engine_config import EngineConfig
-    from pretrain.optim import OptimizerConfig
-
-    init_distributed()
-    mine, found = 4 // comm.world_size(), []
-    for fields in settings:
-        task = tiny.task({"generate": {}, "cdcd": {"contrast": 0.05} | fields}, unet=tiny.ONE_LEVEL)
-        config = EngineConfig(micro_batch=mine, persist_parameters=0, live_parameters=0)
-        engine = Engine(task, config, OptimizerConfig(lr=LR, eps=1e-5), 4)
-        losses = []
-        for step in range(2):
-            output = engine.step(tiny.batch(mine, start=4 * step + comm.rank() * mine), LR)
-            losses.append(comm.mean_over_ranks({"loss": float(output.loss)})["loss"])
-        found.append(losses)
-    return found
-
-
-@pytest.mark.distributed
-def test_two_ranks_under_zero_3_train_as_one_does() -> None:
-    cases = [{"bound": "none", "count": 2}, {"mechanism": "step", "bound": "info_nce"}]
-    two, one = (ranks.run(f"{__name__}:train", n, cases) for n in (2, 1))
-    assert two[0] == two[1]
-    for a, b in zip(two[0], one[0], strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
