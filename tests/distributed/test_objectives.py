@@ -117,10 +117,12 @@ def two_ranks() -> list[dict[tuple[str, int], dict[str, Any]]]:
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_two_ranks_follow_a_plain_loop(two_ranks, case) -> None:
     plain = train_plainly(case)
+    # A term's own rounding is multiplied by its weight.
+    rounding = 1e-5 * max(1.0, settings_of(*case).get("weight", 1.0))
     for found in two_ranks:
         for mine, right in zip(found[case]["losses"], plain["losses"], strict=True):
             for key, value in right.items():
-                assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+                assert mine[key] == pytest.approx(value, rel=1e-4, abs=rounding), key
         state = found[case]["state"]
         assert state.keys() == plain["state"].keys()
         apart = max((state[n] - p).abs().max().item() for n, p in plain["state"].items())
