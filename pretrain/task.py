@@ -16,7 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.inference import ConditionsAt, captions_alone
 from pretrain.model.diffdis import DiffDis
 from pretrain.objectives.base import Context, Objective, ObjectiveConfig
-from pretrain.rng import SampleRandom
+from pretrain.rng import SampleRandom, derive_seed
 from pretrain.types import Batch, Noised, StepOutput, TextFeatures
 
 PACKAGE = "pretrain.objectives"
@@ -82,10 +82,13 @@ class PretrainTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        built: dict[str, Objective] = {
-            name: plugins.load(PACKAGE, name, "objectives").build(settings, model)
-            for name, settings in objectives.items()
-        }
+        built: dict[str, Objective] = {}
+        for name, settings in objectives.items():
+            with torch.random.fork_rng(devices=[]):
+                # A stream of its own: no other objective starts from other weights beside it.
+                torch.manual_seed(derive_seed(seed, "objectives", name))
+                module = plugins.load(PACKAGE, name, "objectives")
+                built[name] = module.build(settings, model)
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: settings.weight for name, settings in objectives.items()}
         self.halves = frozenset().union(*(objective.reads for objective in built.values()))

@@ -27,7 +27,7 @@ from pretrain.errors import ConfigError
 from pretrain.model.diffdis import DiffDis
 from pretrain.model.energy_net import EnergyHead
 from pretrain.objectives.base import Context, Half, Objective, ObjectiveConfig
-from pretrain.rng import derive_seed, generator
+from pretrain.rng import generator
 from pretrain.types import LossTerm
 
 
@@ -107,10 +107,7 @@ class DCD(Objective):
         super().__init__()
         self.settings = settings
         self.levels = Levels.geometric(settings.spread, settings.last_sigma, settings.levels)
-        with torch.random.fork_rng(devices=[]):
-            # A stream of its own: what else is built starts from the same weights without it.
-            torch.manual_seed(derive_seed("dcd/head", torch.initial_seed()))
-            self.head = EnergyHead(token_width, settings.dim, settings.width, settings.levels)
+        self.head = EnergyHead(token_width, settings.dim, settings.width, settings.levels)
         # A function of the two widths alone, so no checkpoint need hold it; in fp32 beside bf16
         # weights, so no buffer.
         g = generator("dcd/projection", query_dim, settings.dim)

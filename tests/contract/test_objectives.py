@@ -11,7 +11,7 @@ import torch
 from pretrain import plugins
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import Context, Half, Objective, ObjectiveConfig
-from pretrain.task import PACKAGE, PretrainTask, check_objectives
+from pretrain.task import PACKAGE, PretrainTask, TaskConfig, check_objectives
 from pretrain.types import LossTerm
 from tests.support import tiny
 
@@ -83,6 +83,20 @@ def test_it_reads_no_more_of_the_trunk_than_it_declares(name: str) -> None:
     assert (output.f_z_BCHW is not None) == ("generation" in task.halves)
     assert (output.e0_hat_BE is not None) == ("alignment" in task.halves)
     task(tiny.batch(4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_own_weights_start_from_the_seed_whatever_is_beside_it(name: str) -> None:
+    beside: dict[str, dict[str, float]] = {other: {"weight": 1.0} for other in NAMES}
+
+    def start(objectives: dict[str, dict[str, float]], seed: int = 0) -> dict[str, torch.Tensor]:
+        task = PretrainTask(tiny.model(), check_objectives(objectives), TaskConfig(), seed)
+        return dict(task.objectives[name].named_parameters())
+
+    own, among, other = start(alone(name)), start(beside), start(alone(name), seed=1)
+    assert all(torch.equal(own[key], among[key]) for key in own)
+    drawn = [key for key in own if own[key].unique().numel() > 1]
+    assert all(not torch.equal(own[key], other[key]) for key in drawn)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -127,7 +127,11 @@ def test_a_rewind_in_memory_repeats_the_same_bits(saved):
     assert saved[1]["again"] == saved[1]["losses"] and saved[1]["same"]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 3), (2, 3), (4, 3), (2, 2), (1, 0)])
+def soak(*case: int) -> object:
+    return pytest.param(*case, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(4, 3), (1, 0), soak(1, 3), soak(2, 3), soak(2, 2)])
 def test_another_number_of_ranks_and_another_stage_go_on(saved, tmp_path, world, stage):
     folder = tmp_path / "copy"
     shutil.copytree(saved[0], folder)

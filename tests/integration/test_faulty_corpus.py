@@ -79,6 +79,7 @@ def test_training_goes_to_the_end_and_every_refusal_is_counted(
     assert totals == expected
 
 
+@pytest.mark.soak  # tests/unit/data has the rate itself
 def test_too_many_refusals_stop_the_run_and_name_the_worst_shards(
     planted: tuple[Planted, str], tmp_path: Path
 ) -> None:

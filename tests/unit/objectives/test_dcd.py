@@ -121,21 +121,6 @@ def test_the_projection_keeps_lengths_on_average_and_is_no_parameter():
     assert torch.equal(rotation, again._projection[0]), "another run must find the same points"
 
 
-def test_it_is_built_from_a_random_stream_of_its_own():
-    """What is built after it starts from the same weights as without it, and its own vary."""
-    torch.manual_seed(5)
-    plain = torch.rand(1)
-    model = tiny.model()
-    module = __import__("pretrain.objectives.dcd", fromlist=["build"])
-    heads = []
-    for seed in (5, 6):
-        torch.manual_seed(seed)
-        heads.append(module.build(module.Settings(**SMALL), model))
-        if seed == 5:
-            assert torch.equal(torch.rand(1), plain)
-    assert not torch.equal(heads[0].head.hidden, heads[1].head.hidden)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
