@@ -21,6 +21,7 @@ from pretrain.config import build
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointError, ExportError
 from pretrain.inference import Predictor
+from pretrain.objectives.base import Objective
 from pretrain.partitions import WEIGHTS
 from pretrain.parts import Parts
 from pretrain.run_config import RunConfig
@@ -105,10 +106,18 @@ def export(
 
     Raises:
         CheckpointError: nothing to export.
-        ExportError: what was written does not give back the same tensors and outputs.
+        ExportError: an objective conditions generation, and the folder has no place for what it
+            needs; or what was written does not give back the same tensors and outputs.
     """
     output, folder = Path(output), Path(folder)
     task, config, tokenizer, checkpoint, kind = _load(output, None, which, weights)
+    for name, objective in task.objectives.items():
+        if type(objective).condition_at_inference is not Objective.condition_at_inference:
+            raise ExportError(
+                f"objectives.{name} adds to what generation is conditioned on, which an exported "
+                f"model does not hold: its pictures would be wrong. Draw from the run instead: "
+                f"`python -m pretrain {name} --help`"
+            )
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
