@@ -105,7 +105,6 @@ class DiffDis(nn.Module):
             latent_size=config.image_size // self.autoencoder.factor,
             condition_dim=config.text_encoder.width,
             query_dim=config.text_encoder.query_dim,
-            caption_length=config.text_encoder.length,
         )
         self.register_buffer("null_tokens_L", null_tokens_L, persistent=False)
         self.register_buffer("null_mask_L", null_mask_L, persistent=False)

@@ -56,11 +56,9 @@ class DualStreamUNet(Recomputing):
         latent_size: int,
         condition_dim: int,
         query_dim: int,
-        caption_length: int | None = None,
     ) -> None:
         super().__init__()
         self.stream = stream
-        self.caption_length = caption_length  # tokens of c that are the caption's; None: all
         self.unet = build_unet(unet, latent_channels, condition_dim)
         self.query_time = QueryTime(query_dim)
         widths = [
@@ -105,8 +103,6 @@ class DualStreamUNet(Recomputing):
             c_bias = torch.zeros(c_seen_BL.shape, dtype=c_BLD.dtype, device=c_BLD.device)
             c_bias = c_bias.masked_fill(~c_seen_BL, float("-inf"))[:, None]
         time_BD = u.time_embedding(u.time_proj(t_z_B).to(z_BCHW.dtype))
-        if u.config.addition_embed_type == "text":
-            time_BD = time_BD + u.add_embedding(c_BLD[:, : self.caption_length])
         inject_BE = e_BE + self.query_time(t_e_B, e_BE.dtype)
         h_BE = torch.zeros_like(e_BE)
         streams: Iterator[Any] = iter(self.blocks)

@@ -25,9 +25,6 @@ class UNetConfig(Config):
         transformer_layers: K, transformer layers in each block.
         norm_groups: groups of the group norms; divides every level's channels.
         linear_projection: linear instead of 1×1 convolution around transformers (SD 2.x).
-        pooled_text: the caption's tokens, pooled by attention, are added to the time embedding
-            (diffusers' ``addition_embed_type="text"``, of DeepFloyd IF; not in Stable Diffusion).
-            Colours follow the prompt sooner: every residual block is told.
     """
 
     channels: tuple[int, ...] = (64, 128, 256)
@@ -37,7 +34,6 @@ class UNetConfig(Config):
     transformer_layers: int = Field(1, ge=1)
     norm_groups: int = Field(32, ge=1)
     linear_projection: bool = False
-    pooled_text: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "UNetConfig":
@@ -71,7 +67,6 @@ def diffusers_arguments(
     """The arguments of `UNet2DConditionModel` that ``config`` stands for."""
     down = [("CrossAttnDownBlock2D" if a else "DownBlock2D") for a in config.attention]
     up = [("CrossAttnUpBlock2D" if a else "UpBlock2D") for a in reversed(config.attention)]
-    pooling = [n for n in range(1, condition_dim // 32 + 1) if condition_dim % n == 0] or [1]
     return {
         "in_channels": latent_channels,
         "out_channels": latent_channels,
@@ -86,8 +81,6 @@ def diffusers_arguments(
         "transformer_layers_per_block": config.transformer_layers,
         "norm_num_groups": config.norm_groups,
         "use_linear_projection": config.linear_projection,
-        "addition_embed_type": "text" if config.pooled_text else None,
-        "addition_embed_type_num_heads": pooling[-1],  # as wide as 32 or more
     }
 
 

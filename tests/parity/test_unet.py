@@ -23,11 +23,7 @@ SHAPES = {
         channels=(32, 64), attention=(False, True), head_dim=16, transformer_layers=2
     ),
     "quickstart-like": UNetConfig(
-        channels=(16, 32, 64),
-        attention=(False, True, True),
-        head_dim=16,
-        norm_groups=8,
-        pooled_text=True,
+        channels=(16, 32, 64), attention=(False, True, True), head_dim=16, norm_groups=8
     ),
 }
 

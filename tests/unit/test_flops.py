@@ -104,7 +104,7 @@ def test_a_model_of_stable_diffusions_size() -> None:
         "data.size=512",
         "model.autoencoder={kind: diffusers, path: /nowhere}",
         "model.unet={channels: [320, 640, 1280, 1280], attention: [true, true, true, false], "
-        "layers: 2, head_dim: 40, norm_groups: 32, pooled_text: false}",
+        "layers: 2, head_dim: 40, norm_groups: 32}",
         "model.text_encoder={width: 768, query_dim: 768, layers: 12, heads: 12, length: 77}",
         "data.tokens=77",
         "objectives.align=null",
