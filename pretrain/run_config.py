@@ -34,11 +34,13 @@ class TrainingConfig(Config):
         global_batch: samples of one optimizer step over all ranks; also what contrast is drawn
             from.
         log_every_samples: samples between log lines.
+        mfu: log the model FLOPs utilisation; counting operations takes seconds of every start.
     """
 
     samples: int = Field(ge=1)
     global_batch: int = Field(128, ge=1)
     log_every_samples: int = Field(1280, ge=1)
+    mfu: bool = True
 
 
 class RunConfig(Config):

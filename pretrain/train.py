@@ -68,7 +68,7 @@ def train(config: RunConfig, profile: bool = False) -> int:
     with Watchdog(output, comm.rank(), comm.world_size(), config.watchdog) as watchdog:
         watchdog.beat("start", 0)
         # Before the process group: its pass on the meta device is no step. One rank tells it.
-        speed = Speed.of(config) if comm.is_main() else None
+        speed = Speed.of(config) if config.training.mfu and comm.is_main() else None
         init_distributed()
         stop.share(output / "control")
         if stop.agreed():
