@@ -107,7 +107,7 @@ def plot(shown: dict, path: Path) -> None:
         axis.scatter(made[:, 0], made[:, 1], s=2)
         axis.set(title=name, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=75, bbox_inches="tight")
 
 
 def _brief(found: dict[str, float]) -> str:

@@ -15,6 +15,8 @@ HEADS = {
     "align": "Alignment head: loss",
     "denoise_text": "Text denoising: loss",
     "cdcd": "Contrast of captions (CDCD): loss",
+    "disco": "Codes (DisCo-Diff): entropy bonus",
+    "dcd": "Energy of the query (DCD): loss",
 }
 _SAMPLES = Axis("samples", charts.short)
 
