@@ -8,7 +8,7 @@ checkpointing, not the optimizer, not a frozen autoencoder.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 
 import torch
@@ -67,6 +67,9 @@ def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     """
     run = AbstractRun(config, vocab_size)
     n = config.engine.micro_batch
+    learns = {name for name, p in run.task.named_parameters() if p.requires_grad}
+    # torch's counter fails where a module answers with a view of a parameter that needs a gradient.
+    run.task.requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         run.task(run.batch(n))
     root = type(run.task).__name__
@@ -79,8 +82,17 @@ def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     flops = {component: 0.0 for _, component in COMPONENTS}
     for name, forward in own(by_name).items():
         component = next(what for prefix, what in COMPONENTS if name.startswith(prefix))
-        flops[component] += forward * (1 + _backward(name, modules, run)) / n
+        frozen = run.text_frozen and name.startswith("model.text_encoder")
+        backward = 0.0 if frozen else _backward(name, modules.get(name), learns)
+        flops[component] += forward * (1 + backward) / n
     return flops
+
+
+def _backward(name: str, module: nn.Module | None, learns: Set[str]) -> float:
+    """Operations of the backward pass by those of the forward pass, of a module by itself."""
+    own = module.named_parameters(recurse=False) if module else ()
+    weights = [f"{name}.{parameter}" for parameter, _ in own]
+    return 1.0 if weights and learns.isdisjoint(weights) else 2.0
 
 
 def own(by_name: Mapping[str, float]) -> dict[str, float]:
@@ -138,11 +150,3 @@ def measured_peak(
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
-
-
-def _backward(name: str, modules: Mapping[str, nn.Module], run: AbstractRun) -> float:
-    """Operations of the backward pass by those of the forward pass, of a module by itself."""
-    if run.text_frozen and name.startswith("model.text_encoder"):
-        return 0.0
-    weights = list(modules[name].parameters(recurse=False)) if name in modules else []
-    return 1.0 if weights and not any(w.requires_grad for w in weights) else 2.0

@@ -5,17 +5,23 @@ nothing without certain others declares in its settings that it `needs` them: it
 beside them, and what is said here of its term holds for the sum of its term and theirs.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from pretrain import plugins
+from pretrain import config as configs
+from pretrain import flops, plugins
 from pretrain.errors import ConfigError
 from pretrain.objectives.base import Context, Half, Objective, ObjectiveConfig
+from pretrain.run_config import RunConfig
 from pretrain.task import PACKAGE, PretrainTask, TaskConfig, check_objectives
 from pretrain.types import LossTerm
 from tests.support import tiny
 
 NAMES = plugins.names(PACKAGE)
+BOTH: dict[str, dict[str, float]] = {"generate": {}, "align": {}}
+ROOT = Path(__file__).resolve().parents[2]
 HALVES: set[Half] = {"generation", "alignment"}
 
 
@@ -171,6 +177,19 @@ def test_its_condition_is_the_same_for_a_sample_in_any_batch(name: str) -> None:
     assert torch.allclose(whole.c_BLD[2:], part.c_BLD, atol=1e-5)
     assert torch.equal(whole.null_c_BLD, plain.null_c_BLD)
     assert torch.equal(whole.e_t_BE, plain.e_t_BE) and torch.equal(whole.z_BCHW, plain.z_BCHW)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_with_it_can_be_counted(name: str) -> None:
+    """On the meta device, as `--dry-run` and the start of a training do."""
+    tree = configs.read_yaml(ROOT / "configs/debug.yaml")
+    tree["data"]["tokenizer"] = str(ROOT / tree["data"]["tokenizer"])
+    without = flops.sample_flops(configs.build(RunConfig, tree | {"objectives": BOTH}), 1536)
+    with_it = flops.sample_flops(
+        configs.build(RunConfig, tree | {"objectives": BOTH | alone(name)}), 1536
+    )
+    assert with_it["text encoder"] == without["text encoder"] > 0
+    assert sum(with_it.values()) >= sum(without.values())
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if needs(n)])
