@@ -42,7 +42,8 @@ def job(**fields: Any) -> JobSpec:
 def test_it_has_the_parts_of_a_backend(name: str) -> None:
     backend = backends.load(name)
     assert backend.HELP and "\n" not in backend.HELP
-    assert callable(backend.plan) and callable(backend.submit)
+    for verb in ("plan", "submit", "status", "logs", "cancel"):
+        assert callable(getattr(backend, verb))
 
 
 @EVERY
@@ -71,15 +72,6 @@ def test_a_plan_says_what_it_is(name: str) -> None:
         isinstance(part, str) for command in plan.commands for part in command
     )
     assert "configs/debug.yaml" in plan.render()
-
-
-@EVERY
-def test_no_secret_is_shown_or_stands_on_a_command_line(name: str) -> None:
-    plan = backends.load(name).plan(job(env={**SECRETS, "NOTE": f"uses {SECRETS['HF_TOKEN']}"}))
-    words = [word for command in plan.commands for word in command]
-    for secret in SECRETS.values():
-        assert secret not in plan.render() and shlex.quote(secret) not in plan.render()
-        assert not any(secret in word for word in words)
 
 
 @EVERY

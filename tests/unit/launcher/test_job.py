@@ -1,5 +1,6 @@
 """A job that cannot run says which field, which value, and what to do."""
 
+import re
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_bad_values_are_refused(field: str, value: object) -> None:
     with pytest.raises(JobError) as error:
         JobSpec(**{**GOOD, field: value})
     shown = value[0] if isinstance(value, tuple) else value
-    assert str(error.value).startswith(f"{field}={shown!r}")
+    assert re.match(re.escape(f"{field}") + r"(\.0)?=" + re.escape(repr(shown)), str(error.value))
 
 
 def test_a_secret_has_no_place_on_a_command_line() -> None:
@@ -61,6 +62,7 @@ def test_a_secret_has_no_place_on_a_command_line() -> None:
 def test_a_bad_variable_is_refused_without_showing_it() -> None:
     with pytest.raises(JobError, match="env='A-B'"):
         JobSpec(**GOOD, env={"A-B": "1"})
-    with pytest.raises(JobError) as error:
-        JobSpec(**GOOD, env={"API_KEY": "hunter22\n"})
-    assert "env.API_KEY" in str(error.value) and "hunter22" not in str(error.value)
+    for value in ("hunter22\n", "hunter22\ud800", 22):
+        with pytest.raises(JobError) as error:
+            JobSpec(**GOOD, env={"NOTE": value})
+        assert "env.NOTE" in str(error.value) and "22" not in str(error.value)
