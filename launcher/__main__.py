@@ -48,11 +48,11 @@ def _do(verb: str, backend: backends.Backend, plan: Plan, wait: bool) -> int:
 
 
 def _status(backend: backends.Backend, plan: Plan, wait: bool) -> Status:
-    status = truth(plan, backend.status(plan))
+    status = backend.status(plan)
     while wait and status.state not in ENDED:
         time.sleep(_POLL_SECONDS)
-        status = truth(plan, backend.status(plan))
-    return status
+        status = backend.status(plan)
+    return truth(plan, status)
 
 
 def _report(plan: Plan, status: Status) -> int:

@@ -1,6 +1,7 @@
 """How a submitted job is found again, and what is known of it."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,27 @@ class Status:
 
     def exit_code(self) -> int:
         """Of the `status` verb: 0 unless the job ended otherwise than well."""
-        return 0 if self.state not in ("failed", "cancelled") else self.code or 1
+        return 0 if self.state in ("queued", "running", "succeeded") else self.code or 1
+
+
+def marker_before(output: str) -> tuple[str, str] | None:
+    """The end marker in ``output`` now; None, with a word to the user, if it cannot be seen."""
+    marker, unseen = _marker(output)
+    if unseen and "://" in output:
+        print(f"warning: {unseen}", file=sys.stderr)
+    return marker
+
+
+def _marker(output: str) -> tuple[tuple[str, str] | None, str]:
+    """The end marker, and why nothing is known of it."""
+    remedy = "whether the run succeeded cannot be told from here"
+    if "://" not in output and not Path(output).exists():
+        return None, f"output={output!r} is not on this machine; {remedy}"
+    try:
+        return read_marker(output), ""
+    except Exception as error:  # whatever the storage's library raises: no network, no rights
+        why = str(error).partition("\n")[0][:200]
+        return None, f"output={output!r} cannot be read ({type(error).__name__}: {why}); {remedy}"
 
 
 @dataclass(frozen=True)
@@ -67,10 +88,16 @@ class Handle:
 
 
 def truth(plan: Plan, status: Status) -> Status:
-    """``status`` as the run's end marker shows it: a scheduler's word alone is no success."""
+    """``status`` as the run's end marker shows it: a scheduler's word alone is no success.
+
+    Where the run's output cannot be seen from here, a success is "unknown".
+    """
     if status.state != "succeeded":
         return status
-    before, after = Handle.load(plan).before, read_marker(plan.output)
+    before = Handle.load(plan).before
+    after, unseen = _marker(plan.output)
+    if unseen:
+        return replace(status, state="unknown", code=None, detail=f"{status.detail}; {unseen}")
     if after is not None and after != before:
         return status
     detail = f"{status.detail} ends without an end marker of this job in {plan.output}".strip()

@@ -198,12 +198,21 @@ class JobSpec(Described):
         """Ranks on each node where nobody can look at it: one for each accelerator asked for."""
         return self.ranks_per_node or self.accelerators_per_node or 1
 
+    def variables(self) -> dict[str, str]:
+        """`env`, and what the ranks need besides where nobody looks at the host first."""
+        made = {}
+        if self.cores_per_node is not None:  # or every rank takes every core
+            made["OMP_NUM_THREADS"] = str(max(1, self.cores_per_node // self.ranks()))
+        if not self.accelerators_per_node:
+            made["DS_ACCELERATOR"] = "cpu"
+        return dict(sorted({**made, **self.env}.items()))
+
     def node_command(self, scheduler: str) -> tuple[str, ...]:
         """What a scheduler without ssh starts once on every node: `launcher node`, which finds its
         rank and rank 0's address in the variables of ``scheduler`` (the backend's name), reads the
         secrets that lie in files, and runs `deepspeed --no_ssh` with what follows the `--`.
 
-        Words: python -m launcher node --scheduler S --nodes N --ranks R --port P --output O
+        Words: python -m launcher node --scheduler S --nodes N --ranks R [--port P] --output O
         [--secret NAME=file:/path]... -- MODULE ARGUMENTS...
         """
         files = [
@@ -214,7 +223,8 @@ class JobSpec(Described):
         return (
             *(self.environment.python, "-m", "launcher", "node"),
             *("--scheduler", scheduler, "--nodes", str(self.nodes), "--ranks", str(self.ranks())),
-            *("--port", str(self.port or DEFAULT_PORT), "--output", self.output),
+            *(("--port", str(self.port)) if self.port else ()),
+            *("--output", self.output),
             *(part for file in files for part in ("--secret", file)),
             *("--", self.module, *self.arguments()),
         )
@@ -227,6 +237,18 @@ class JobSpec(Described):
             value = getattr(self, field)
             if value != type(self).model_fields[field].default:
                 raise JobError(f"{field}={value!r} has no meaning on {backend}; {remedy}")
+
+    def require_lasting_output(self, backend: str) -> None:
+        """Raises:
+        JobError: the run's output would be lost with the machine that ``backend`` gives it.
+        """
+        below = any(self.output.startswith(f"{m.path.rstrip('/')}/") for m in self.storage)
+        if "://" not in self.output and not below:
+            raise JobError(
+                f"output={self.output!r} would be lost with the machine on {backend}, and with it "
+                "what a retry continues; give a URL such as s3://bucket/run, or a path below a "
+                "storage.path"
+            )
 
     def folder(self, backend: str) -> str:
         """Where a submission leaves its files, relative to the folder it was submitted from."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+REGISTERED = "@REGISTERED"  # in a call: what the call before it answers
+
 
 @dataclass(frozen=True)
 class PlanFile:
@@ -19,8 +21,7 @@ class PlanFile:
 class Call:
     """A request to a service's interface, such as boto3's `batch.submit_job`.
 
-    method: as its client names it. request: the arguments, as JSON. A value "@REGISTERED" stands
-    for what an earlier call of the plan answers.
+    method: as its client names it. request: the arguments, as JSON.
     """
 
     method: str
