@@ -34,12 +34,15 @@ SCHEMES: dict[str, tuple[re.Pattern[str], str]] = {
 # Of a name's words (HF_TOKEN, AWS_SECRET_ACCESS_KEY); TOKENIZERS_PARALLELISM has none of them.
 _WORDS = {"KEY", "KEYS", "TOKEN", "TOKENS", "PASS", "PWD", "PW", "AUTH", "BEARER"}
 _PARTS = re.compile(r"SECRET|PASSW|CREDENTIAL|APIKEY|AUTHTOKEN", re.IGNORECASE)
+# Where a secret lies is none.
+_PLACE = re.compile(r".*_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"://[^/@\s'\"]*:[^/@\s'\"]+@")
 
 
 def is_secret(variable: str) -> bool:
     """Whether a variable of this name holds what no plan, log or command line may show."""
-    return bool(_PARTS.search(variable)) or bool(_WORDS & set(re.split(r"[._-]", variable.upper())))
+    words = set(re.split(r"[._-]", variable.upper()))
+    return not _PLACE.fullmatch(variable) and bool(_PARTS.search(variable) or _WORDS & words)
 
 
 def holds_password(text: str) -> bool:

@@ -288,7 +288,8 @@ class Manifest:
 
 def _rule(action: str, code: int | None) -> dict[str, Any]:
     if code is None:
-        return {"action": action, "onPodConditions": [{"type": "DisruptionTarget"}]}
+        condition = {"type": "DisruptionTarget", "status": "True"}
+        return {"action": action, "onPodConditions": [condition]}
     on = {"containerName": NODE, "operator": "In", "values": [code]}
     return {"action": action, "onExitCodes": on}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from launcher import shell
-from launcher.handle import Handle, State, Status, marker_before
+from launcher.handle import ENDED, Handle, State, Status, marker_before
 from launcher.job import JobError, JobSpec
 from launcher.plan import Plan, PlanFile
 from launcher.secrets import require_schemes, resolve, scheme_of
@@ -119,9 +119,10 @@ def status(plan: Plan) -> Status:
         state, code, why = (*text.strip().partition("\n")[0].split("|"), "", "", "")[:3]
     word = state.split()[0] if state.split() else ""  # "CANCELLED by 1000"
     detail = f"job {number}: {state or 'unknown to Slurm'}"
+    known = _STATES.get(word, "failed" if word else "unknown")
     return Status(
-        _STATES.get(word, "failed" if word else "unknown"),
-        _code(code),
+        known,
+        _code(code) if known in ENDED else None,
         detail if why in ("", "None") else f"{detail}, {why}",
     )
 
