@@ -10,6 +10,7 @@ from launcher import secrets as secret
 from launcher.strict import (
     Described,
     JobError,
+    Part,
     Texts,
     Tree,
     Variables,
@@ -35,7 +36,7 @@ DEFAULT_PORT = 29_500  # of the rendezvous, where a host runs one job
 O = TypeVar("O", bound=Described)  # noqa: E741
 
 
-class Environment(Described):
+class Environment(Part):
     """Where the code lies on a host, if no image holds it.
 
     python: the interpreter, as the hosts see it (a shared or equally installed environment).
@@ -53,7 +54,7 @@ class Environment(Described):
         return self
 
 
-class Mount(Described):
+class Mount(Part):
     """Storage that appears as a folder on every node.
 
     source: host:/path, pvc:claim, efs:fs-ID, nfs:server:/path, s3://bucket or gs://bucket; each

@@ -13,14 +13,18 @@ class JobError(Exception):
     """A job cannot run as asked; the message names the field, the value and the remedy."""
 
 
-class Described(BaseModel):
-    """A frozen node of a job file. Unknown fields are refused; `"2"` is not taken for 2.
+class Part(BaseModel):
+    """A frozen node within another. Unknown fields are refused; `"2"` is not taken for 2."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Described(Part):
+    """A node that stands by itself.
 
     Raises:
         JobError: from the constructor, about the first wrong field.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
     def __init__(self, **fields: Any) -> None:
         try:

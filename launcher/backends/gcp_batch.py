@@ -274,11 +274,11 @@ def _client() -> Any:
 
 def _ask(method: str, client: Any = None, **request: Any) -> Any:
     client = client or _client()
-    from google.api_core.exceptions import AlreadyExists, GoogleAPIError
+    from google.api_core.exceptions import Conflict, GoogleAPIError
 
     try:
         return getattr(client, method)(request)
-    except AlreadyExists:
+    except Conflict:
         raise JobError(
             f"name={request.get('job_id')!r} is taken by an earlier job, which Batch keeps for 60 "
             "days; pass another --name (the run goes on where its output folder stands)"
