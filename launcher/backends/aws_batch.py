@@ -271,7 +271,7 @@ def _client(service: str, plan: Plan) -> Any:
         import boto3
     except ImportError:
         raise JobError(
-            "package='boto3' is not installed; run: pip install 'diffdis-pretrain[cloud]'"
+            "package='boto3' is not installed; run: pip install --requirement requirements-cloud.txt"
         ) from None
     return boto3.client(service, region_name=dict(plan.env)["AWS_DEFAULT_REGION"])
 

@@ -259,7 +259,7 @@ def _client() -> Any:
     except ImportError:
         raise JobError(
             "package='google-cloud-batch' is not installed; "
-            "run: pip install 'diffdis-pretrain[cloud]'"
+            "run: pip install --requirement requirements-cloud.txt"
         ) from None
     from google.auth.exceptions import GoogleAuthError
 

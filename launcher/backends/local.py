@@ -103,7 +103,7 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
         commands=((*deepspeed, *job.arguments()),),
         env=tuple(sorted(env.items())),
         secrets=tuple(sorted(job.secrets.items())),
-        folder=job.folder("local"),
+        folder=str(Path(_log(job)).parent),
     )
 
 

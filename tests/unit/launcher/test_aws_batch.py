@@ -273,4 +273,4 @@ def test_without_boto3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     arguments = ["aws_batch", "--config", "configs/jobs/aws_batch.yaml"]
     assert main([*arguments, "--dry-run"]) == 0  # a plan needs no client
     assert main(arguments) == 2
-    assert "pip install 'diffdis-pretrain[cloud]'" in capsys.readouterr().err
+    assert "pip install --requirement requirements-cloud.txt" in capsys.readouterr().err

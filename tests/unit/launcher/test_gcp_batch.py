@@ -267,4 +267,4 @@ def test_without_credentials_or_client(
     arguments = ["gcp_batch", "--config", "configs/jobs/gcp_batch.yaml"]
     assert main([*arguments, "--dry-run"]) == 0  # a plan needs no client
     assert main(arguments) == 2
-    assert "pip install 'diffdis-pretrain[cloud]'" in capsys.readouterr().err
+    assert "pip install --requirement requirements-cloud.txt" in capsys.readouterr().err
