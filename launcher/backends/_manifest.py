@@ -23,6 +23,11 @@ POD_LABEL = {
     "jobset": "jobset.sigs.k8s.io/jobset-name",
     "trainjob": "jobset.sigs.k8s.io/jobset-name",  # a TrainJob makes a JobSet of its own name
 }
+# Of a pod, what a TrainJob may lay over its runtime's.
+_PATCHED = (
+    *("volumes", "nodeSelector", "tolerations", "serviceAccountName", "imagePullSecrets"),
+    "terminationGracePeriodSeconds",
+)
 
 
 class Options(Described):
@@ -141,9 +146,7 @@ class Manifest:
         container = self._container()
         pod = self._pod()
         patch = {"containers": [{"name": NODE, "volumeMounts": container["volumeMounts"]}]}
-        kept = ("volumes", "nodeSelector", "tolerations", "serviceAccountName", "imagePullSecrets")
-        kept += ("terminationGracePeriodSeconds",)
-        patch.update({name: pod[name] for name in kept if name in pod})
+        patch.update({name: pod[name] for name in _PATCHED if name in pod})
         node = {"name": NODE, "template": {"spec": {"template": {"spec": patch}}}}
         trainer = {
             "image": container["image"],
@@ -187,10 +190,6 @@ class Manifest:
 
     def _pod(self) -> dict[str, Any]:
         job, options = self.job, self.options
-        selector = {
-            **options.node_selector,
-            **(options.preemptible_nodes if job.preemptible else {}),
-        }
         taints = options.preemptible_nodes if job.preemptible else {}
         limit = job.time_limit_minutes
         pod = {
@@ -202,7 +201,7 @@ class Manifest:
             "serviceAccountName": options.service_account,
             "priorityClassName": options.priority_class,
             "imagePullSecrets": options.image_pull_secret and [{"name": options.image_pull_secret}],
-            "nodeSelector": selector,
+            "nodeSelector": {**options.node_selector, **taints},
             "tolerations": [
                 {"key": key, "operator": "Equal", "value": value} for key, value in taints.items()
             ],
@@ -225,7 +224,7 @@ class Manifest:
             self.options.gpu_resource: job.accelerators_per_node,
         }
         amounts = {name: str(value) for name, value in resources.items() if value}
-        mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+        mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]
         for i, mount in enumerate(job.storage):
             read_only = {"readOnly": True} if mount.read_only else {}
             mounts.append({"name": f"storage-{i}", "mountPath": mount.path, **read_only})

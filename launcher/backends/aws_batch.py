@@ -124,6 +124,7 @@ def _check(job: JobSpec, options: Options) -> None:
     for field in ("cores_per_node", "memory_gib_per_node"):
         if getattr(job, field) is None:
             raise JobError(f"{field} is not given, and AWS Batch places jobs by it; give a number")
+    job.refuse("aws_batch", {"grace_seconds": "Batch grants 30 s at a time limit; remove it"})
     job.require_lasting_output("aws_batch")
     require_schemes(job.secrets, "aws_batch", ("aws", "file"))
     if not options.execution_role_arn and any(scheme_of(r) == "aws" for r in job.secrets.values()):
@@ -239,7 +240,7 @@ def logs(plan: Plan) -> Iterator[str]:
             yield f"==> {job['jobId']} <=="
             token = None
             while stream:
-                more = {"nextToken": token} if token else {}
+                more: dict[str, str] = {"nextToken": token} if token else {}
                 answer = _ask(
                     client.get_log_events,
                     logGroupName=_LOG_GROUP,
@@ -271,7 +272,8 @@ def _client(service: str, plan: Plan) -> Any:
         import boto3
     except ImportError:
         raise JobError(
-            "package='boto3' is not installed; run: pip install --requirement requirements-cloud.txt"
+            "package='boto3' is not installed; "
+            "run: pip install --requirement requirements-cloud.txt"
         ) from None
     return boto3.client(service, region_name=dict(plan.env)["AWS_DEFAULT_REGION"])
 

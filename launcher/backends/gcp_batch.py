@@ -122,6 +122,7 @@ def plan(job: JobSpec) -> Plan:
 def _check(job: JobSpec, options: Options) -> None:
     if job.image is None:
         raise JobError("image is not given; build one from the Dockerfile, push it, and name it")
+    job.refuse("gcp_batch", {"grace_seconds": "Batch has a grace of its own; remove it"})
     job.require_lasting_output("gcp_batch")
     require_schemes(job.secrets, "gcp_batch", ("gcp", "file"))
     if not job.name[0].isalpha():

@@ -34,8 +34,10 @@ _ELSEWHERE = {
     "image": "it runs what is installed here; remove it, or run this command in the image",
     "environment": "it runs its own Python, in this folder; remove it",
     "storage": "it sees this machine's own folders; remove it",
-    "time_limit_minutes": "use `timeout` around the command",
-    "retries": "the same command continues a run",
+    "time_limit_minutes": "remove it, and put `timeout` before the command",
+    "memory_gib_per_node": "it takes what this machine has; remove it",
+    "grace_seconds": f"it grants {supervise.GRACE_SECONDS:.0f} s; remove it",
+    "retries": "the same command continues a run; remove it",
     "preemptible": "remove it",
 }
 _DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
@@ -82,8 +84,8 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
         or min(_CPU_RANKS, host.cores)
     )
     env = {"PYTHONPATH": _python_path(host)}
-    if "OMP_NUM_THREADS" not in host.env:
-        env["OMP_NUM_THREADS"] = str(max(1, host.cores // ranks))  # or every rank takes every core
+    if "OMP_NUM_THREADS" not in host.env:  # or every rank takes every core
+        env["OMP_NUM_THREADS"] = str(max(1, (job.cores_per_node or host.cores) // ranks))
     if not host.accelerators and "DS_ACCELERATOR" not in host.env:
         env["DS_ACCELERATOR"] = "cpu"
     env.update(job.env)
@@ -117,6 +119,8 @@ def submit(plan: Plan) -> int:
         JobError: the port is taken, or `deepspeed` is not installed.
     """
     env = {**dict(plan.env), **resolve(dict(plan.secrets))}
+    for command in plan.commands:
+        _check_port(command)  # before the handle: a run that holds the port keeps its own
     plan.write_files()
     before = read_marker(plan.output)
     handle = Handle("local", _this_process(), before)
@@ -176,7 +180,6 @@ def _process(handle: Handle) -> "psutil.Process | None":
 def _run(plan: Plan, env: dict[str, str], before: tuple[str, str] | None) -> int:
     outcome = supervise.Outcome(0)
     for command in plan.commands:
-        _check_port(command)
         try:
             outcome = supervise.run(_program(command), env, Path(plan.log))
         except FileNotFoundError:

@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from launcher import shell
 from launcher.handle import Handle, State, Status, marker_before
-from launcher.job import JobError, JobSpec
+from launcher.job import JobError, JobSpec, Mount
 from launcher.plan import Plan, PlanFile
 from launcher.secrets import require_schemes, resolve, scheme_of
 from launcher.strict import Described, Texts, check_match, check_path, check_text
@@ -75,7 +75,7 @@ def plan(job: JobSpec) -> Plan:
         "resources": _resources(job, options),
         # Without an image the folder goes to every machine.
         "workdir": None if job.image else job.environment.folder or ".",
-        "file_mounts": {mount.path: _mount(mount.source) for mount in job.storage} or None,
+        "file_mounts": {mount.path: _mount(mount) for mount in job.storage} or None,
         "secrets": dict.fromkeys(secrets),  # the values come with --secret
         "setup": "\n".join(options.setup) or None,
         "run": _run(job, options),
@@ -119,13 +119,17 @@ def _resources(job: JobSpec, options: Options) -> dict[str, Any]:
     return {name: value for name, value in resources.items() if value is not None}
 
 
-def _mount(source: str) -> dict[str, str]:
-    if not source.startswith(("s3://", "gs://")):
+def _mount(mount: Mount) -> dict[str, str]:
+    if mount.read_only:
         raise JobError(
-            f"storage.source={source!r} cannot be mounted by skypilot; give s3://BUCKET or "
+            f"storage.read_only=True of {mount.path!r} is not known to SkyPilot; remove it"
+        )
+    if not mount.source.startswith(("s3://", "gs://")):
+        raise JobError(
+            f"storage.source={mount.source!r} cannot be mounted by skypilot; give s3://BUCKET or "
             "gs://BUCKET, or use the URL in the run's config"
         )
-    return {"source": source, "mode": "MOUNT"}
+    return {"source": mount.source, "mode": "MOUNT"}
 
 
 def _run(job: JobSpec, options: Options) -> str:

@@ -121,6 +121,7 @@ def test_what_the_definition_says() -> None:
         ({"cores_per_node": None}, "cores_per_node is not given"),
         ({"memory_gib_per_node": None}, "memory_gib_per_node is not given"),
         ({"output": "runs/x"}, "output='runs/x' would be lost"),
+        ({"grace_seconds": 60}, "grace_seconds=60 has no meaning on aws_batch; Batch grants"),
         ({"nodes": 2, "preemptible": True}, "preemptible=True, but AWS Batch has no Spot"),
         ({"secrets": {"HF_TOKEN": SECRET}}, "backends.aws_batch.execution_role_arn is not given"),
         ({"env": {"AWS_BATCH_X": "1"}}, "env.AWS_BATCH_X"),

@@ -51,6 +51,8 @@ OPTIONS: dict[str, Any] = {
 def objects(kind: str, full: bool) -> list[dict[str, Any]]:
     fields = {**FULL, "retries": 0 if kind == "trainjob" else 2} if full else {}
     options = {**(OPTIONS if full else {}), "kind": kind}
+    if kind == "trainjob":
+        options.pop("priority_class", None)
     plan = kubernetes.plan(job("kubernetes", **fields, backends={"kubernetes": options}))
     return [yaml.safe_load(file.text) for file in plan.files]
 
@@ -177,6 +179,10 @@ def test_pods_meet_at_the_first() -> None:
         ({"backends": {"kubernetes": {"kind": "pod"}}}, "backends.kubernetes.kind='pod'"),
         ({"backends": {"kubernetes": {"shm_gib": 0}}}, "backends.kubernetes.shm_gib=0"),
         ({"retries": 1, "backends": {"kubernetes": {"kind": "trainjob"}}}, "retries=1"),
+        (
+            {"backends": {"kubernetes": {"kind": "trainjob", "priority_class": "high"}}},
+            "backends.kubernetes.priority_class='high'",
+        ),
     ],
 )
 def test_what_kubernetes_cannot_do(fields: dict[str, Any], said: str) -> None:

@@ -71,6 +71,10 @@ def test_the_time_limit_lets_the_run_save(tmp_path: Path) -> None:
         ({"name": "a---b"}, "name='a---b' is not usable"),
         ({"accelerators_per_node": 8}, "accelerators_per_node=8, but SkyPilot asks"),
         ({"storage": [{"source": "pvc:x", "path": "/x"}]}, "storage.source='pvc:x' cannot be"),
+        (
+            {"storage": [{"source": "s3://x", "path": "/x", "read_only": True}]},
+            "storage.read_only=True of '/x'",
+        ),
         ({"backends": {"skypilot": {"accelerator": "a b"}}}, "backends.skypilot.accelerator='a b'"),
         ({"backends": {"skypilot": {"setup": ["a\nb"]}}}, "backends.skypilot.setup='a\\nb'"),
     ],
