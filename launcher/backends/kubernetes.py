@@ -61,11 +61,13 @@ def _check(job: JobSpec, options: Options) -> None:
             f"retries={job.retries} has no meaning for a TrainJob, whose runtime sets them; remove "
             "it, or use backends.kubernetes.kind: jobset"
         )
-    last = (
-        f"{job.name}-{job.nodes - 1}"
-        if options.kind == "job"
-        else f"{job.name}-{NODE}-0-{job.nodes - 1}"
-    )
+    if options.kind == "trainjob" and options.priority_class:
+        raise JobError(
+            f"backends.kubernetes.priority_class={options.priority_class!r} has no meaning for a "
+            "TrainJob, whose runtime sets it; remove it"
+        )
+    middle = "" if options.kind == "job" else f"-{NODE}-0"
+    last = f"{job.name}{middle}-{job.nodes - 1}"
     if len(last) > 63 or not job.name[0].isalpha():
         raise JobError(
             f"name={job.name!r} makes no host names such as {last!r} (at most 63 letters, the "
