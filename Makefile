@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 # A change in the requirements, or of the checkout's place (console scripts hold its path), installs again.
-HASH := $(shell { pwd; cat requirements.txt requirements-dev.txt; } | cksum | cut -d ' ' -f 1)
+HASH := $(shell { pwd; cat requirements.txt requirements-dev.txt requirements-cloud.txt; } | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(HASH)
 # Twice quiet: errors only, no notes about the machine.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --quiet
@@ -58,7 +58,7 @@ $(STAMP):
 	@$(PIP) --constraint requirements.txt torch
 	@echo "  2/3 DeepSpeed, MLflow, diffusers, transformers and the rest of requirements.txt"
 	@$(PIP) --requirement requirements.txt
-	@echo "  3/3 the tools of requirements-dev.txt"
-	@$(PIP) --requirement requirements-dev.txt
+	@echo "  3/3 the clients and tools of requirements-cloud.txt and requirements-dev.txt"
+	@$(PIP) --requirement requirements-cloud.txt --requirement requirements-dev.txt
 	@rm -f $(VENV)/.installed-*
 	@touch $@

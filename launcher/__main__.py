@@ -1,32 +1,69 @@
-"""`python -m launcher BACKEND --config configs/x.yaml`: plan a run, then submit it."""
+"""`python -m launcher BACKEND [VERB] --config job.yaml`: plan a job, submit it, ask after it."""
 
 import argparse
-import re
 import sys
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 
-import yaml
+from launcher import backends, jobfile
+from launcher.handle import ENDED, Status, truth
+from launcher.job import JobError, JobSpec
+from launcher.marker import read_tracked
+from launcher.plan import Plan
 
-from launcher import backends
-from launcher.job import OUTPUT_FIELD, JobError, JobSpec
+VERBS = ("submit", "status", "logs", "cancel")
+_POLL_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: the backend's own, or 2 for a job that cannot run as asked."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if arguments[:1] == ["node"]:
+            return int(import_module("launcher.node").main(arguments[1:]))
+        args = _parser().parse_args(arguments)
         backend = backends.load(args.backend)
         plan = backend.plan(_job(args))
         if args.dry_run:
             print(plan.render(), end="")
             return 0
-        return backend.submit(plan)
+        return _do(args.verb, backend, plan, args.wait)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _do(verb: str, backend: backends.Backend, plan: Plan, wait: bool) -> int:
+    if verb == "cancel":
+        backend.cancel(plan)
+    elif verb == "logs":
+        for line in backend.logs(plan):
+            print(line)
+    else:
+        code = backend.submit(plan) if verb == "submit" else 0
+        if code or (verb == "submit" and not wait):
+            return code
+        return _report(plan, _status(backend, plan, wait))
+    return 0
+
+
+def _status(backend: backends.Backend, plan: Plan, wait: bool) -> Status:
+    status = backend.status(plan)
+    while wait and status.state not in ENDED:
+        time.sleep(_POLL_SECONDS)
+        status = backend.status(plan)
+    return truth(plan, status)
+
+
+def _report(plan: Plan, status: Status) -> int:
+    code = "" if status.code is None else f", exit code {status.code}"
+    detail = f" ({status.detail})" if status.detail else ""
+    print(f"{plan.name}: {status.state}{code}{detail}")
+    tracked = read_tracked(plan.output)
+    if tracked is not None:
+        print(f"{plan.name}: MLflow run {tracked[0]} at {tracked[1]}")
+    return status.exit_code()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("backend", help="where to run; one of those below")
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file of the run, as in configs/"
+        "verb",
+        nargs="?",
+        choices=VERBS,
+        default="submit",
+        help="what to do with the job (default: submit)",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="job file as in configs/jobs/, or config of a run as in configs/",
     )
     parser.add_argument(
         "--set",
@@ -47,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="lay a value over the config",
+        help="lay a value over the run's config",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="folder or URL of the run (default: the config's)"
@@ -59,75 +106,50 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="ranks on each node (default: one per GPU, or 2 on CPU)",
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines (default: 1)")
     parser.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="variable for every rank; never logged if secret",
+        help="variable for every rank; plans show it",
+    )
+    parser.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME=REFERENCE",
+        help="variable for every rank, by where its value lies: env:NAME, file:/path, ...",
     )
     parser.add_argument(
         "--port", type=int, help="port of the rendezvous (default: derived from name and output)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    parser.add_argument(
+        "--wait", action="store_true", help="stay until the job has ended, and exit as it did"
+    )
     return parser
 
 
 def _job(args: argparse.Namespace) -> JobSpec:
-    overrides = tuple(args.overrides)
-    return JobSpec(
-        name=args.name or _name(args.config),
-        config=args.config,
-        output=args.output or _output(args.config, overrides),
-        overrides=tuple(o for o in overrides if not o.startswith(f"{OUTPUT_FIELD}=")),
-        nodes=args.nodes,
-        ranks_per_node=args.ranks,
-        env=dict(_variable(text) for text in args.env),
-        port=args.port,
-    )
+    given = {
+        "name": args.name,
+        "output": args.output,
+        "overrides": args.overrides,
+        "nodes": args.nodes,
+        "ranks_per_node": args.ranks,
+        "env": dict(_variable("--env", text) for text in args.env),
+        "secrets": dict(_variable("--secret", text) for text in args.secret),
+        "port": args.port,
+    }
+    return jobfile.load(args.config, given)
 
 
-def _variable(text: str) -> tuple[str, str]:
+def _variable(option: str, text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise JobError(f"--env {name!r} must have the form NAME=value")
+        raise JobError(f"{option} {name!r} must have the form NAME=value")
     return name, value
-
-
-def _name(config: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", Path(config).stem.lower()).strip("-")[:63].strip("-") or "run"
-
-
-def _output(config: str, overrides: Sequence[str]) -> str:
-    """The run's output folder, as the trainer finds it: last override, config, or its base."""
-    for override in reversed(overrides):
-        name, _, value = override.partition("=")
-        if name.strip() == OUTPUT_FIELD:
-            return value
-    found = _read(Path(config), ()).get(OUTPUT_FIELD)
-    return found if isinstance(found, str) else f"runs/{_name(config)}"
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise JobError(f"base={str(path)!r} includes itself; remove one of the `base:` lines")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(
-            f"config={str(path)!r} cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise JobError(f"config={str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise JobError(
-            f"config={str(path)!r} must hold a mapping of fields, it holds {type(tree).__name__}"
-        )
-    base = tree.get("base")
-    if base is None:
-        return tree
-    return {**_read(path.parent / str(base), (*seen, path.resolve())), **tree}
 
 
 if __name__ == "__main__":

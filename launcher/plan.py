@@ -1,16 +1,12 @@
 """What a backend would do for a job, as data: printable, comparable, without a secret in it."""
 
-import re
+import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(://)[^/@\s'\"]+:[^/@\s'\"]*@")
-_HIDDEN = "***"
-_SHORTEST_SECRET = (
-    6  # shorter values are ordinary words ("true"), which may stand elsewhere in a plan
-)
+REGISTERED = "@REGISTERED"  # in a call: what the call before it answers
 
 
 @dataclass(frozen=True)
@@ -22,46 +18,65 @@ class PlanFile:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What submit does: write ``files``, then run ``commands`` in order with ``env`` added.
+class Call:
+    """A request to a service's interface, such as boto3's `batch.submit_job`.
 
-    commands: argument lists, run without a shell.
+    method: as its client names it. request: the arguments, as JSON.
+    """
+
+    method: str
+    request: str
+
+    @classmethod
+    def of(cls, method: str, request: dict[str, Any]) -> "Call":
+        return cls(method, json.dumps(request, indent=2, ensure_ascii=False))
+
+    def arguments(self) -> dict[str, Any]:
+        """A new copy of the request."""
+        return dict(json.loads(self.request))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What submit does: write ``files``, then run ``commands`` or make ``calls``, in order.
+
+    commands: argument lists, run without a shell and with ``env`` added.
     env: (name, value) pairs on top of the submitting environment.
+    secrets: (name, reference) pairs that submit itself resolves into that environment
+        (`launcher.secrets`); what the scheduler or the node resolves stands in files and calls.
     output: the run's output folder, where its end marker appears.
-    log: path of the file that collects what the commands print.
+    log: path of the file that collects what the run prints (or a folder or pattern of them).
+    folder: where submit leaves its files and the handle by which the job is found again.
     """
 
     backend: str
     name: str
     output: str
     log: str
-    commands: tuple[tuple[str, ...], ...]
+    commands: tuple[tuple[str, ...], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     files: tuple[PlanFile, ...] = ()
+    calls: tuple[Call, ...] = ()
+    secrets: tuple[tuple[str, str], ...] = ()
+    folder: str = ""
 
     def render(self) -> str:
-        """The plan as text for people; its command lines can be pasted into a shell.
-
-        Values of variables whose name looks like a secret's are shown as ***, wherever they occur.
-        """
+        """The plan as text for people; its command lines can be pasted into a shell."""
         lines = [f"# {self.backend}: {self.name}", f"# output: {self.output}", f"# log: {self.log}"]
         for file in self.files:
-            lines += [f"# file: {file.path}", *(f"#   {line}" for line in file.text.splitlines())]
-        secrets = {name: value for name, value in self.env if is_secret(name)}
-        for name, value in self.env:
-            lines.append(f"export {name}={_HIDDEN if name in secrets else shlex.quote(value)}")
+            lines += [f"# file: {file.path}", *(f"#   {line}" for line in file.text.split("\n"))]
+        lines += [f"# secret: {name} from {reference}" for name, reference in self.secrets]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in self.env]
         lines += [shlex.join(command) for command in self.commands]
-        return mask("\n".join(lines), secrets.values()) + "\n"
+        for call in self.calls:
+            lines += [f"# call: {call.method}", *(f"#   {x}" for x in call.request.split("\n"))]
+        return "\n".join(lines) + "\n"
 
-
-def is_secret(variable: str) -> bool:
-    """Whether a variable of this name holds what no plan, log or command line may show."""
-    return bool(_SECRET_NAME.search(variable))
-
-
-def mask(text: str, secrets: Iterable[str] = ()) -> str:
-    """``text`` with each of ``secrets``, and any password in a URL, replaced by ***."""
-    for value in sorted(secrets, key=len, reverse=True):
-        if len(value) >= _SHORTEST_SECRET:
-            text = text.replace(shlex.quote(value), _HIDDEN).replace(value, _HIDDEN)
-    return _URL_PASSWORD.sub(rf"\1{_HIDDEN}@", text)
+    def write_files(self) -> None:
+        """Write ``files``, readable by this user alone."""
+        for file in self.files:
+            path = Path(file.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # a file of wider rights would keep them
+            path.touch(mode=0o600)
+            path.write_text(file.text, encoding="utf-8")

@@ -2,17 +2,25 @@
 
 import hashlib
 import os
+import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import supervise
+from launcher.handle import Handle, Status
 from launcher.job import JobError, JobSpec
 from launcher.marker import read_marker
 from launcher.plan import Plan
+from launcher.secrets import require_schemes, resolve
+
+if TYPE_CHECKING:
+    import psutil
 
 HELP = "run on this machine, on its GPUs or on CPU ranks"
 
@@ -21,6 +29,17 @@ _CPU_RANKS = (
 )
 # A run that was killed a moment ago still holds its port until the kernel has taken it down.
 _PORT_SECONDS = 10.0
+# Fields of a job that this backend cannot honour, and what to do instead.
+_ELSEWHERE = {
+    "image": "it runs what is installed here; remove it, or run this command in the image",
+    "environment": "it runs its own Python, in this folder; remove it",
+    "storage": "it sees this machine's own folders; remove it",
+    "time_limit_minutes": "remove it, and put `timeout` before the command",
+    "memory_gib_per_node": "it takes what this machine has; remove it",
+    "grace_seconds": f"it grants {supervise.GRACE_SECONDS:.0f} s; remove it",
+    "retries": "the same command continues a run; remove it",
+    "preemptible": "remove it",
+}
 _DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
 
 
@@ -49,17 +68,24 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
     """The `deepspeed` command for ``job`` on ``host`` (this machine unless given). Writes nothing.
 
     Raises:
-        JobError: the job wants more than one node.
+        JobError: the job wants more than one node, or what this machine cannot give.
     """
     if job.nodes != 1:
         raise JobError(
             f"nodes={job.nodes}, but local is one machine; set nodes=1 or use another backend"
         )
+    job.refuse("local", _ELSEWHERE)
+    require_schemes(job.secrets, "local", ("env", "file"))
     host = host or Host.here()
-    ranks = job.ranks_per_node or host.accelerators or min(_CPU_RANKS, host.cores)
+    ranks = (
+        job.ranks_per_node
+        or job.accelerators_per_node
+        or host.accelerators
+        or min(_CPU_RANKS, host.cores)
+    )
     env = {"PYTHONPATH": _python_path(host)}
-    if "OMP_NUM_THREADS" not in host.env:
-        env["OMP_NUM_THREADS"] = str(max(1, host.cores // ranks))  # or every rank takes every core
+    if "OMP_NUM_THREADS" not in host.env:  # or every rank takes every core
+        env["OMP_NUM_THREADS"] = str(max(1, (job.cores_per_node or host.cores) // ranks))
     if not host.accelerators and "DS_ACCELERATOR" not in host.env:
         env["DS_ACCELERATOR"] = "cpu"
     env.update(job.env)
@@ -78,6 +104,8 @@ def plan(job: JobSpec, host: Host | None = None) -> Plan:
         log=_log(job),
         commands=((*deepspeed, *job.arguments()),),
         env=tuple(sorted(env.items())),
+        secrets=tuple(sorted(job.secrets.items())),
+        folder=str(Path(_log(job)).parent),
     )
 
 
@@ -90,15 +118,70 @@ def submit(plan: Plan) -> int:
     Raises:
         JobError: the port is taken, or `deepspeed` is not installed.
     """
-    for file in plan.files:
-        Path(file.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(file.path).write_text(file.text)
+    env = {**dict(plan.env), **resolve(dict(plan.secrets))}
+    for command in plan.commands:
+        _check_port(command)  # before the handle: a run that holds the port keeps its own
+    plan.write_files()
     before = read_marker(plan.output)
+    handle = Handle("local", _this_process(), before)
+    handle.save(plan.folder)
+    code = 1
+    try:
+        code = _run(plan, env, before)
+    finally:
+        replace(handle, id=f"exit {code}").save(plan.folder)
+    return code
+
+
+def status(plan: Plan) -> Status:
+    """Of the `submit` that ran last, in this or another process of this machine."""
+    handle = Handle.load(plan)
+    word, _, number = handle.id.partition(" ")
+    if word == "exit":
+        return Status("succeeded" if number == "0" else "failed", int(number))
+    if _process(handle) is not None:
+        return Status("running", detail=handle.id)
+    return Status("failed", 137, f"{handle.id} is gone: it was killed")
+
+
+def logs(plan: Plan) -> Iterator[str]:
+    if Path(plan.log).exists():
+        with open(plan.log, encoding="utf-8", errors="replace") as log:
+            yield from (line.rstrip("\n") for line in log)
+
+
+def cancel(plan: Plan) -> None:
+    process = _process(Handle.load(plan))
+    if process is not None:
+        process.send_signal(signal.SIGTERM)  # the supervisor lets the ranks save first
+
+
+def _this_process() -> str:
+    import psutil
+
+    return f"pid {os.getpid()} {psutil.Process().create_time()}"
+
+
+def _process(handle: Handle) -> "psutil.Process | None":
+    """The process that submitted, if it still runs: a process id alone may be another's by now."""
+    import psutil
+
+    word, *rest = handle.id.split()
+    if word != "pid":
+        return None
+    try:
+        process = psutil.Process(int(rest[0]))
+        same = abs(process.create_time() - float(rest[1])) < 0.1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _run(plan: Plan, env: dict[str, str], before: tuple[str, str] | None) -> int:
     outcome = supervise.Outcome(0)
     for command in plan.commands:
-        _check_port(command)
         try:
-            outcome = supervise.run(_program(command), dict(plan.env), Path(plan.log))
+            outcome = supervise.run(_program(command), env, Path(plan.log))
         except FileNotFoundError:
             raise JobError(
                 f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`"

@@ -1,6 +1,7 @@
 """The main job as a user starts it: two ZeRO-3 ranks under the deepspeed launcher, killed, stopped
 and taken up again, exported, registered, and used from a process that has no DeepSpeed."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 20, 16
 TRACKED = "tracking.kind=mlflow"
+PLANTED = "planted-7f3a9c51"  # a secret of the undisturbed run
 PICTURES = 255  # of held-out renderings
 
 
@@ -46,13 +48,15 @@ def command(output: Path, *more: str) -> list[str]:
         "configs/debug.yaml",
         "--ranks",
         "2",
+        "--secret",
+        "HF_TOKEN=env:PLANTED",
         *parts,
     ]
 
 
 def start(output: Path, *more: str) -> subprocess.Popen:
     log = open(output.with_suffix(".log"), "ab")  # noqa: SIM115
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PLANTED": PLANTED}
     return subprocess.Popen(
         command(output, *more), cwd=ROOT, env=environment, stdout=log, stderr=log
     )
@@ -94,8 +98,36 @@ def pretrain(*arguments: str) -> str:
 def undisturbed(tmp_path_factory) -> Path:
     """Twenty steps without a break, tracked by MLflow."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(output, TRACKED), output)
+    process = start(output, TRACKED)
+    lines = set()
+    while process.poll() is None:
+        lines |= command_lines()
+        time.sleep(0.2)
+    finish(process, output)
+    output.with_suffix(".lines").write_text(json.dumps(sorted(lines)))
     return output
+
+
+def command_lines() -> set[str]:
+    """Of every process of this machine."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.add(path.read_bytes().decode(errors="replace"))
+    return found
+
+
+def test_a_secret_is_in_no_file_log_parameter_or_process_list(undisturbed):
+    """The run had it in its environment (tests/unit/launcher/test_secrets.py: it arrives there)."""
+    lines = json.loads(undisturbed.with_suffix(".lines").read_text())
+    assert any("HF_TOKEN=env:PLANTED" in line for line in lines)  # the reference was seen
+    assert any("deepspeed" in line for line in lines)
+    assert not [line for line in lines if PLANTED in line]
+    files = [undisturbed.with_suffix(".log"), *(p for p in undisturbed.rglob("*") if p.is_file())]
+    assert {"events.jsonl", "launcher.log", "handle.json"} <= {path.name for path in files}
+    # MLflow gets its parameters from the journal, and in its own time.
+    assert '"params"' in (undisturbed / "journal" / "events.jsonl").read_text()
+    assert not [path for path in files if PLANTED.encode() in path.read_bytes()]
 
 
 def states(output: Path) -> dict[str, torch.Tensor]:

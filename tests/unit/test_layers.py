@@ -28,8 +28,8 @@ LAYERS: dict[str, list[str]] = {
         "commands/ __main__",
     ],
     "launcher": [
-        "job plan marker",
-        "rendezvous preflight supervise",
+        "strict secrets job plan marker handle shell jobfile",
+        "rendezvous preflight supervise node",
         "backends/",
         "__main__",
     ],
@@ -208,7 +208,7 @@ def test_a_right_import_passes(tmp_path: Path, file: str, text: str) -> None:
 
 def test_planning_a_run_needs_no_torch() -> None:
     """A login node plans runs: the launcher's files import only light packages at their top."""
-    light = {"yaml", "psutil", "fsspec", "launcher", *sys.stdlib_module_names}
+    light = {"yaml", "pydantic", "psutil", "fsspec", "launcher", *sys.stdlib_module_names}
     for path in sorted((ROOT / "launcher").rglob("*.py")):
         heavy = {
             module

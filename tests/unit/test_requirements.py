@@ -7,7 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # import name -> distribution, where they differ
-DISTRIBUTION = {"yaml": "PyYAML", "PIL": "pillow", "resvg_py": "resvg-py"}
+DISTRIBUTION = {
+    "yaml": "PyYAML",
+    "PIL": "pillow",
+    "resvg_py": "resvg-py",
+    "google": "google-cloud-batch",
+    "botocore": "boto3",  # which pins its own
+}
 
 
 def pins(file: str) -> dict[str, str]:
@@ -36,16 +42,16 @@ def imported() -> dict[str, str]:
 
 
 def test_every_import_is_pinned() -> None:
-    pinned = pins("requirements.txt")
+    pinned = pins("requirements.txt") | pins("requirements-cloud.txt")
     for name, path in imported().items():
         assert DISTRIBUTION.get(name, name) in pinned, (
-            f"{path} imports {name}: pin it in requirements.txt"
+            f"{path} imports {name}: pin it in requirements.txt, or requirements-cloud.txt"
         )
 
 
 def test_no_torchvision() -> None:
     """It does not load beside this torch, and would pull another one of several gigabytes."""
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-dev.txt", "requirements-cloud.txt"):
         assert not {"torchvision", "torchaudio"} & set(pins(file))
 
 

@@ -54,20 +54,34 @@ def test_a_config_without_output_runs_under_its_name(
     assert "--set output=runs/bare\n" in dry(capsys, "--config", "bare.yaml")
 
 
-def test_secrets_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    secret = (
-        "--env",
-        "AWS_SECRET_ACCESS_KEY=hunter22",
-        "--env",
-        "NOTE=say hunter22",
-        "--env",
-        "PLAIN=1",
-    )
-    text = dry(
-        capsys, "--config", "configs/tiny.yaml", *secret, "--output", "s3://me:hunter23@host/run"
-    )
+def test_secrets_are_given_by_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", "hunter22")
+    given = ("--secret", "AWS_SECRET_ACCESS_KEY=env:MY_KEY", "--env", "PLAIN=1")
+    text = dry(capsys, "--config", "configs/tiny.yaml", *given)
     assert "hunter2" not in text
-    assert "export AWS_SECRET_ACCESS_KEY=***\n" in text and "export PLAIN=1\n" in text
+    assert "# secret: AWS_SECRET_ACCESS_KEY from env:MY_KEY\n" in text
+    assert "export PLAIN=1\n" in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--env", "AWS_SECRET_ACCESS_KEY=hunter22"),
+        ("--env", "MLFLOW_TRACKING_URI=https://me:hunter22@host"),
+        ("--secret", "AWS_SECRET_ACCESS_KEY=hunter22"),
+        ("--output", "s3://me:hunter22@host/run"),
+        ("--set", "data.train=https://me:hunter22@host/x"),
+    ],
+)
+def test_a_secret_itself_is_refused_unseen(
+    capsys: pytest.CaptureFixture[str], given: tuple[str, str]
+) -> None:
+    assert main(["local", "--config", "configs/tiny.yaml", *given]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and "secret" in said.err
+    assert "hunter22" not in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from launcher import supervise
 from launcher.backends import local
+from launcher.handle import Handle, Status
 from launcher.job import JobError, JobSpec
 from launcher.plan import Plan
 
@@ -80,11 +82,46 @@ def test_two_nodes_are_refused() -> None:
         local.plan(JobSpec(name="a", config="c", output="o", nodes=2))
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image": "x"}, "image='x' has no meaning on local; it runs what is installed here"),
+        ({"environment": {"python": "/py"}}, "environment="),
+        ({"storage": [{"source": "host:/x", "path": "/x"}]}, "storage="),
+        ({"time_limit_minutes": 5}, "time_limit_minutes=5"),
+        ({"memory_gib_per_node": 5}, "memory_gib_per_node=5"),
+        ({"grace_seconds": 60}, "grace_seconds=60 has no meaning on local; it grants 120 s"),
+        ({"retries": 1}, "retries=1"),
+        ({"preemptible": True}, "preemptible=True"),
+    ],
+)
+def test_what_one_machine_cannot_do_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError) as refused:
+        local.plan(JobSpec(name="a", config="c", output="o", **fields))
+    assert str(refused.value).startswith(said)
+
+
+def test_what_a_job_file_asks_of_this_machine() -> None:
+    job = JobSpec(name="a", config="c", output="o", accelerators_per_node=4, cores_per_node=8)
+    plan = local.plan(job, local.Host(cores=64, accelerators=8))
+    assert plan.commands[0][1:3] == ("--num_gpus", "4")
+    assert dict(plan.env)["OMP_NUM_THREADS"] == "2"
+
+
 def test_a_log_beside_an_output_in_an_object_store() -> None:
     plan = local.plan(JobSpec(name="a", config="c", output="s3://bucket/run"))
     assert plan.log == "runs/a/launcher.log"
 
 
+RANK = """import os, pathlib, signal, subprocess, sys, time
+code = (
+    "import os, pathlib, signal, sys, time\\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\\n"
+    "pathlib.Path('up').touch()\\n"
+    "time.sleep(60)"
+)
+sys.exit(subprocess.call([sys.executable, "-c", code], env={**os.environ, "LOCAL_RANK": "0"}))
+"""
 FINISH = (
     "import json, pathlib; pathlib.Path('out/_FINISHED').write_text(json.dumps({'samples': 1}))"
 )
@@ -117,6 +154,26 @@ def test_the_verdict(
     err = capfd.readouterr().err
     assert said in err
     assert ("half done" in err) == ("half done" in code)
+
+
+def test_status_logs_and_cancel(tmp_path: Path, monkeypatch: Any, repo_root: Path) -> None:
+    """From another process than the one that submitted; the rank is asked to stop, and is."""
+    monkeypatch.chdir(tmp_path)
+    plan = replace(_plan(""), folder="out")
+    assert local.submit(replace(_plan(FINISH), folder="out")) == 0
+    assert local.status(plan) == Status("succeeded", 0)
+    assert local.submit(replace(_plan("raise SystemExit(3)"), folder="out")) == 3
+    assert local.status(plan) == Status("failed", 3)
+    local.cancel(plan)  # it has ended: nothing to do
+    process = _submit_in_a_process("print('ready', flush=True); " + RANK, tmp_path, repo_root)
+    _wait_for(tmp_path / "up")
+    assert local.status(plan).state == "running"
+    assert list(local.logs(plan))[-1] == "ready"
+    local.cancel(plan)
+    assert process.wait(20) == 75
+    assert local.status(plan) == Status("failed", 75)
+    Handle("local", f"pid {process.pid} 1.0").save("out")  # the id of a process that is gone
+    assert local.status(plan).state == "failed"
 
 
 def test_an_old_marker_is_no_success(tmp_path: Path, monkeypatch: Any) -> None:
@@ -299,7 +356,8 @@ def test_the_real_deepspeed_launcher(
 
 
 def _plan(code: str) -> Plan:
-    return Plan("local", "demo", "out", "out/launcher.log", ((sys.executable, "-c", code),))
+    command = (sys.executable, "-c", code)
+    return Plan("local", "demo", "out", "out/launcher.log", (command,), folder="out")
 
 
 def _port(plan: Plan) -> int:
@@ -310,7 +368,8 @@ def _submit_in_a_process(code: str, cwd: Path, root: Path) -> "subprocess.Popen[
     program = (
         "import sys; from launcher.plan import Plan; from launcher.backends import local\n"
         f"command = (sys.executable, '-c', {code!r})\n"
-        "sys.exit(local.submit(Plan('local', 'demo', 'out', 'out/launcher.log', (command,))))"
+        "plan = Plan('local', 'demo', 'out', 'out/launcher.log', (command,), folder='out')\n"
+        "sys.exit(local.submit(plan))"
     )
     env = {**os.environ, "PYTHONPATH": str(root)}
     return subprocess.Popen(
