@@ -9,7 +9,7 @@ tensors and outputs are compared with the checkpoint's.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def export(
     output, folder = Path(output), Path(folder)
     task, config, tokenizer, checkpoint, kind = _load(output, None, which, weights)
     for name, objective in task.objectives.items():
-        if type(objective).condition_at_inference is not Objective.condition_at_inference:
+        own = type(cast(Objective, objective)).condition_at_inference
+        if own is not Objective.condition_at_inference:
             raise ExportError(
                 f"objectives.{name} adds to what generation is conditioned on, which an exported "
                 f"model does not hold: its pictures would be wrong. Draw from the run instead: "

@@ -35,7 +35,9 @@ def read_corpus(manifest: str, size: int, most: int | None = None) -> Corpus:
     Raises:
         DataError: none is usable.
     """
-    images, captions, bounds = [], [], Bounds(64 << 20, 1 << 26)
+    images: list[Tensor] = []
+    captions: list[str] = []
+    bounds = Bounds(64 << 20, 1 << 26)
     for raw in read_all(manifest, ReadConfig()):
         if most is not None and len(images) >= most:
             break
