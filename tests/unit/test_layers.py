@@ -21,7 +21,7 @@ LAYERS: dict[str, list[str]] = {
         "objectives/",
         "task ema inference weights",
         "engine engine_config optim partitions parts guard",
-        "mirror checkpoint evaluators/ tracking/ registry pyfunc_model",
+        "mirror checkpoint evaluators/ tracking/ registry/ pyfunc_model",
         "run_config plan abstract flops",
         "train export ckpt_tools summary encode encoders suite results scorecard scorecard_log",
         "report/",
