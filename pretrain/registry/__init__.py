@@ -7,7 +7,8 @@ version. So the registry vouches for what the artifact store holds.
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = [
     "Promotion",
     "Registered",
     "find_pickles",
+    "opened",
     "promote",
     "pull",
     "register",
@@ -75,8 +77,7 @@ def register(
         tags: further tags of the version.
 
     Raises:
-        RegistryError: the folder is no exported model or holds a pickle, MLflow refuses it, or its
-            golden outputs do not come out again in a clean environment.
+        RegistryError: the folder is no exported model or holds a pickle, or MLflow refuses it.
     """
     folder = Path(folder)
     version.check_exported(folder)
@@ -106,7 +107,8 @@ def register(
         all_tags[server.SUMS_TAG] = storage.sha256(str(path / SUMS))
         number = _create(client, name, logged.model_id, run_id, all_tags, _readme(folder))
         try:
-            pull(f"models:/{name}/{number}", uri, Path(scratch) / "pulled")
+            # Golden outputs are for the gate: nothing but the candidate's alias points here yet.
+            pull(f"models:/{name}/{number}", uri, Path(scratch) / "pulled", reproduce=False)
         except BaseException:
             client.delete_model_version(name, number)
             raise
@@ -114,7 +116,9 @@ def register(
     return Registered(name, number, f"models:/{name}/{number}", run_id)
 
 
-def pull(model_uri: str, uri: str, out: str | Path, *, reproduce: bool = True) -> Path:
+def pull(
+    model_uri: str, uri: str, out: str | Path, *, reproduce: bool = True, whole: bool = False
+) -> Path:
     """Download the exported model of a version to the new folder ``out``, every byte checked.
 
     Args:
@@ -122,6 +126,8 @@ def pull(model_uri: str, uri: str, out: str | Path, *, reproduce: bool = True) -
         uri: MLflow's tracking URI.
         out: a folder that does not exist or is empty.
         reproduce: also let the version reproduce its golden outputs in a clean environment.
+        whole: keep all of the version, the MLflow model with its code, and not the exported model
+            alone; what `mlflow models serve` takes.
 
     Raises:
         RegistryError: no such version; the alias points to one that has not passed its gate; a file
@@ -134,19 +140,46 @@ def pull(model_uri: str, uri: str, out: str | Path, *, reproduce: bool = True) -
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside `out`, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=out.parent) as scratch:
-        with server.mlflow_at(uri, f"model={model_uri!r}") as client:
-            found, alias = server.find(client, model_uri)
-            if alias:
-                server.check_gate(found, alias)
-            downloaded = server.download(found, Path(scratch))
-            verify(downloaded, found.tags.get(server.SUMS_TAG))
-            if reproduce:
-                golden.check(downloaded)
-            inside = version.model_folder(downloaded)
+        downloaded = _fetch(model_uri, uri, Path(scratch))
+        if reproduce:
+            golden.check(downloaded)
         if out.exists():
             out.rmdir()
-        inside.rename(out)
+        (downloaded if whole else version.model_folder(downloaded)).rename(out)
     return out
+
+
+@contextmanager
+def opened(model_uri: str, uri: str) -> Iterator[Path]:
+    """The exported model of a version, for use by this process with this code, while the block
+    lasts.
+
+    Raises:
+        RegistryError: as `pull`; or this code answers the golden requests otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="version-") as scratch:
+        downloaded = _fetch(model_uri, uri, Path(scratch))
+        folder = version.model_folder(downloaded)
+        kept = golden.read(downloaded)
+        answers = version.in_process(folder)(kept["rows"], kept["params"])
+        if wrong := golden.differences(kept, answers):
+            raise RegistryError(
+                f"model={model_uri!r}: this program answers otherwise than the code that was "
+                f"registered with the weights: {'; '.join(wrong)}; use it through mlflow.pyfunc in "
+                "a fresh process, or check out the release it was made with"
+            )
+        yield folder
+
+
+def _fetch(model_uri: str, uri: str, scratch: Path) -> Path:
+    """A version's files in a folder below ``scratch``, verified."""
+    with server.mlflow_at(uri, f"model={model_uri!r}") as client:
+        found, alias = server.find(client, model_uri)
+        if alias:
+            server.check_gate(found, alias)
+        downloaded = server.download(found, scratch)
+        verify(downloaded, found.tags.get(server.SUMS_TAG))
+    return downloaded
 
 
 def _create(

@@ -56,10 +56,10 @@ def answers(version: Path, *, fresh: bool = False) -> Answers:
     with tempfile.TemporaryDirectory(prefix="clean-") as scratch:
         if fresh:
             python = _virtual_environment(Path(scratch) / "venv", version / "requirements.txt")
-            report, other = _run([python, "-I", str(_SCRIPT), str(version)], scratch), []
+            report, other = _run([python, "-I", "-B", str(_SCRIPT), str(version)], scratch), []
         else:
             with site_of(requirements) as (site, other):
-                command = [sys.executable, "-I", "-S", str(_SCRIPT), str(version), str(site)]
+                command = [sys.executable, "-I", "-S", "-B", str(_SCRIPT), str(version), str(site)]
                 report = _run(command, scratch)
     own = str((version / "code" / "pretrain").resolve())
     if report["code"] != own:

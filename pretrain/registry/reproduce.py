@@ -1,8 +1,8 @@
 """Answers a version's golden requests with MLflow alone. Run as a file, never imported: the
 process must know nothing of the checkout.
 
-    python -I -S reproduce.py VERSION SITE    SITE: folder of the packages it may see
-    python -I reproduce.py VERSION            in an environment of its own
+    python -I -S -B reproduce.py VERSION SITE    SITE: folder of the packages it may see
+    python -I -B reproduce.py VERSION            in an environment of its own
 
 Prints one line of JSON: the answers, and where the code and what it loaded came from.
 """
