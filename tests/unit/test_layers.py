@@ -23,7 +23,7 @@ LAYERS: dict[str, list[str]] = {
         "engine engine_config optim partitions parts guard",
         "mirror checkpoint evaluators/ tracking/ registry/ pyfunc_model",
         "run_config plan abstract flops",
-        "train export card ckpt_tools summary encode encoders suite results scorecard "
+        "train export card heads_page ckpt_tools summary encode encoders suite results scorecard "
         "scorecard_log",
         "report/",
         "commands/ __main__",
