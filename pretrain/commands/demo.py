@@ -70,14 +70,19 @@ def run(args: argparse.Namespace) -> int:
         *overrides,
     )
     step("train on this machine, through the deepspeed launcher", *train)
-    name = settings.name
-    step("register the last checkpoint", *("-m", "pretrain", "register", "--output", output))
+    name, folder = settings.name, f"{output}/model"
+    step(
+        "export the last checkpoint", "-m", "pretrain", "export", "--output", output, "--to", folder
+    )
+    step(
+        "register it in MLflow",
+        *("-m", "pretrain", "register", "--model", folder, "--output", output),
+    )
     tracked = recorded_run(output)
-    os.environ["MLFLOW_TRACKING_URI"] = tracked.uri
     step(
         f"make it the {args.alias}, if it passes the gate of the configuration",
         *("-m", "pretrain", "promote", f"models:/{name}@candidate", "--to", args.alias),
-        *("--config", args.config, *overrides),
+        *("--config", args.config, *overrides, "--uri", tracked.uri),
     )
     model = f"models:/{name}@{args.alias}"
     zero_shot = check_evaluators(settings.evaluators).get("zero_shot")
