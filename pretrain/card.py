@@ -82,7 +82,7 @@ def readme(card: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| samples seen | {card['samples']:,} |",
         f"| parameters | {card['parameters']:,} |",
-        f"| weights | {card['weights']} ({weights}) |",
+        f"| weights | {weights} |",
         f"| data fingerprint | `{card['data']['fingerprint']}` |",
         f"| tokenizer SHA-256 | `{card['data']['tokenizer_sha256']}` |",
         f"| licence of the weights | {card['licence']['weights'] or 'not stated'} |",

@@ -9,6 +9,7 @@ import json
 import logging
 import string
 import threading
+import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,11 +50,12 @@ class HeadsServer(ThreadingHTTPServer):
 
 def render(card: Mapping[str, Any]) -> str:
     """The page, with what the card says at its head."""
+    average = card.get("ema_half_life_samples")
     facts = [
         f"{card['samples']:,} samples seen" if card.get("samples") else "",
         f"{card['parameters']:,} parameters" if card.get("parameters") else "",
-        str(card.get("weights") or ""),
-        *(str(limit) for limit in list(card.get("limits") or ())[:1]),
+        f"A moving average of half-life {average:,} samples" if average else "",
+        *(str(limit).rstrip(".") for limit in list(card.get("limits") or ())[:1]),
     ]
     fill = {"name": str(card.get("name") or "model"), "facts": ". ".join(filter(None, facts))}
     page = string.Template(_PAGE.read_text(encoding="utf-8"))
@@ -88,14 +90,17 @@ class _Handler(BaseHTTPRequestHandler):
 
         try:
             with self.server.busy:
+                began = time.monotonic()
                 answers = self.server.predict(rows, params)
+                seconds = time.monotonic() - began
         except MlflowException as error:
             self._tell(400, error.message)
         except Exception:
             _log.exception("a question failed")
             self._tell(500, "the model failed; the terminal that runs this page says why")
         else:
-            self._send(200, "application/json", json.dumps({"answers": answers}).encode())
+            tree = {"answers": answers, "seconds": seconds}
+            self._send(200, "application/json", json.dumps(tree).encode())
 
     def _question(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         # Another site's form cannot send this type without asking first, and is never allowed to.
