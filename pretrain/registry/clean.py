@@ -54,9 +54,10 @@ def answers(version: Path, *, fresh: bool = False) -> Answers:
     """
     requirements = (version / "requirements.txt").read_text(encoding="utf-8").splitlines()
     with tempfile.TemporaryDirectory(prefix="clean-") as scratch:
+        other: list[str] = []
         if fresh:
             python = _virtual_environment(Path(scratch) / "venv", version / "requirements.txt")
-            report, other = _run([python, "-I", "-B", str(_SCRIPT), str(version)], scratch), []
+            report = _run([python, "-I", "-B", str(_SCRIPT), str(version)], scratch)
         else:
             with site_of(requirements) as (site, other):
                 command = [sys.executable, "-I", "-S", "-B", str(_SCRIPT), str(version), str(site)]

@@ -61,12 +61,12 @@ def promote(
             verdicts = _verdicts(candidate, champion, gate, Path(scratch), fresh)
         failed = [v.text for v in verdicts if not v.passed]
         before = str(champion.version) if champion else None
-        server.record_gate(
-            client,
-            candidate,
-            alias,
-            {"against": before, "passed": [v.text for v in verdicts if v.passed], "failed": failed},
-        )
+        # One that holds the alias keeps the record it got it by: a stricter question that it fails
+        # today must not stop those who pull it.
+        if not failed or before != str(candidate.version):
+            passed = [v.text for v in verdicts if v.passed]
+            result = {"against": before, "passed": passed, "failed": failed}
+            server.record_gate(client, candidate, alias, result)
         where = f"version {candidate.version} of {candidate.name!r}"
         if failed:
             held = f"stays at version {before}" if before else "is not set"
@@ -80,7 +80,6 @@ def promote(
                 "promote again, to be compared with that"
             )
         client.set_registered_model_alias(candidate.name, alias, candidate.version)
-    passed = [v.text for v in verdicts]
     return Promotion(f"models:/{candidate.name}@{alias}", str(candidate.version), before, passed)
 
 

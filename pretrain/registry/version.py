@@ -97,10 +97,10 @@ def in_process(folder: Path) -> golden.Predict:
     from pretrain.pyfunc_model import DiffDisModel
 
     model = DiffDisModel()
-    model.load_context(SimpleNamespace(artifacts={"model": str(folder)}))  # type: ignore[arg-type]
+    model.load_context(SimpleNamespace(artifacts={"model": str(folder)}))
 
     def predict(rows: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
-        answers = model.predict(None, pd.DataFrame(rows, dtype=object), params)  # type: ignore[arg-type]
+        answers = model.predict(None, pd.DataFrame(rows, dtype=object), params)
         return [dict(row) for row in answers.to_dict("records")]
 
     return predict

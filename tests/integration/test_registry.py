@@ -272,6 +272,15 @@ def test_a_version_that_fails_its_gate_gets_no_alias(
         client(uri).delete_registered_model_alias(NAME, "unasked")
 
 
+def test_a_stricter_question_to_the_champion_takes_nothing_from_it(
+    uri: str, champion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--set", f"gate.metrics.{TOP1}.least=0.9", "--uri", uri]
+    assert main(["promote", CHAMPION, *asked]) == 2
+    assert f"which stays at version {champion}" in capsys.readouterr().err
+    registry.pull(CHAMPION, uri, tmp_path / "model", reproduce=False)
+
+
 def test_a_gate_that_asks_nothing_and_an_alias_of_its_own_are_refused(
     uri: str, champion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
