@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pretrain import ema, storage
+from pretrain import card, ema, storage
 from pretrain.checkpoint import Checkpoint
 from pretrain.ckpt_tools import choose
 from pretrain.config import build
@@ -95,14 +95,16 @@ def export(
     folder: str | Path,
     which: str = "newest",
     weights: str | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write a committed checkpoint of ``output`` as a model folder.
 
-    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and
-    ``card.json``.
+    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and the
+    model card as ``card.json`` and ``README.md``.
 
     Args:
         which, weights: see `load_task`.
+        licence: of the weights, for the card.
 
     Raises:
         CheckpointError: nothing to export.
@@ -129,7 +131,10 @@ def export(
         str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)
     )
     _write_json(temporary / "config.json", _definition(task, config, tokenizer))
-    _write_json(temporary / "card.json", _card(output, config, checkpoint, kind))
+    parameters = sum(tensor.numel() for tensor in state.values())
+    made = card.make(output, config, checkpoint, kind, parameters, licence)
+    _write_json(temporary / "card.json", made)
+    storage.write_bytes(str(temporary / "README.md"), card.readme(made).encode())
     _prove(temporary, task, tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -146,21 +151,6 @@ def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> 
         "inference": config.inference.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer.sha256,
         "logit_scale": float(scales[0].detach().mean()) if scales else 100.0,
-    }
-
-
-def _card(output: Path, config: RunConfig, checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
-    """What a reader of the model must know: what it saw, how it scored, what it is not for."""
-    evaluations = output / "evaluations.jsonl"
-    lines = evaluations.read_text(encoding="utf-8").splitlines() if evaluations.exists() else []
-    scored = [entry for entry in map(json.loads, lines) if entry["samples"] == checkpoint.samples]
-    return {
-        "name": config.name,
-        "samples": checkpoint.samples,
-        "weights": kind,
-        "data": {"train": config.data.train},
-        "metrics": scored[-1] if scored else {},
-        "limits": "It knows what its training shards show, and nothing else; see `data`.",
     }
 
 

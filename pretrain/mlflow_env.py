@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.errors import ConfigError
 
 # Defaults only: what the user has set in the environment wins.
-_ENVIRONMENT = {
+DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no call to mlflow.org at import
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",  # no warning where git is not installed
@@ -28,7 +28,7 @@ def load() -> ModuleType:
     Raises:
         ImportError: it is not installed.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     import mlflow
 

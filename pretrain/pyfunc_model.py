@@ -8,6 +8,7 @@ a process that has imported another one, Python keeps that, and a warning says s
 import base64
 import io
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from PIL import Image, UnidentifiedImageError
 _log = logging.getLogger("pretrain.pyfunc_model")
 
 COLUMNS = ["task", "image", "embedding", "label", "probabilities"]
+# A request beyond these would hold the server for minutes or take its memory.
+MOST = {"steps": 1000, "noises": 256}
+_MAX_PIXELS = 64_000_000
 
 
 class DiffDisModel(PythonModel):
@@ -52,7 +56,9 @@ class DiffDisModel(PythonModel):
         Args:
             context: unused; the model is loaded already.
             model_input: columns task; text; image (base64 of a PNG or JPEG); labels (strings).
-            params: steps and noises (0: the model's own), guidance (-1: the model's own), seed.
+            params: steps and noises (0: the model's own), guidance (-1: the model's own), seed (of
+                the first generated image; that of the i-th generate row is seed + i, so that one
+                request of n rows gives what n requests would).
 
         Returns:
             Columns task, image (base64 PNG), embedding, label, probabilities (in the order of
@@ -143,6 +149,8 @@ class _Row:
             image = Image.open(
                 io.BytesIO(base64.b64decode(data, validate=True)), formats=("PNG", "JPEG")
             )
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
             image.load()  # decode now, where a failure names the row
             return image
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -152,12 +160,16 @@ class _Row:
 
 def _settings(params: dict[str, Any]) -> dict[str, Any]:
     """The predictor's keyword arguments; None is the model's own default."""
-    for name in ("steps", "noises"):
-        if params.get(name, 0) < 0:
+    for name, most in MOST.items():
+        if not 0 <= params.get(name, 0) <= most:
             raise MlflowException.invalid_parameter_value(
-                f"{name}={params[name]}: give a positive number, or 0 for the model's own"
+                f"{name}={params[name]}: give a number from 1 to {most}, or 0 for the model's own"
             )
     guidance = params.get("guidance", -1.0)
+    if not math.isfinite(guidance):
+        raise MlflowException.invalid_parameter_value(
+            f"guidance={guidance}: give a number, 0 for none, or -1 for the model's own"
+        )
     return {
         "steps": params.get("steps") or None,
         "noises": params.get("noises") or None,

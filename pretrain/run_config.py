@@ -18,6 +18,7 @@ from pretrain.guard import GuardConfig
 from pretrain.inference import InferenceConfig
 from pretrain.model.diffdis import ModelConfig
 from pretrain.optim import OptimizerConfig
+from pretrain.registry.gate import GateConfig
 from pretrain.task import TaskConfig, check_objectives
 from pretrain.tracking import TrackingConfig
 from pretrain.watchdog import WatchdogConfig
@@ -51,6 +52,7 @@ class RunConfig(Config):
         output: folder of everything the run leaves.
         seed: of initialisation, order, noise and augmentation.
         objectives, evaluators: settings by plug-in name, checked against each plug-in's own file.
+        gate: what `promote` asks of the model.
     """
 
     name: str = Field(min_length=1)
@@ -70,6 +72,7 @@ class RunConfig(Config):
     watchdog: WatchdogConfig = WatchdogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    gate: GateConfig = GateConfig()
 
     @field_validator("objectives", "evaluators", mode="before")
     @classmethod

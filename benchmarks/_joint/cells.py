@@ -13,7 +13,7 @@ PRESET = "configs/cpu-study.yaml"
 MEASURES = 1  # of score.py: lines that were measured otherwise are measured anew
 TRAINING = 1  # of what the preset does not say: raise it when a default of the code changes
 # Where files lie and what is kept does not change what is learned.
-_NOT_OF_THE_RESULT = ("output", "name", "tracking", "checkpoint", "evaluators", "watchdog")
+_NOT_OF_THE_RESULT = ("output", "name", "tracking", "checkpoint", "evaluators", "watchdog", "gate")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Options that several commands share."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from pretrain import plugins
 from pretrain.errors import ConfigError
@@ -39,6 +42,28 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="weights, or a moving average such as ema-2000 (default: the run's ema.use)",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, for `opened_model`."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder made by `export` or `pull`, or models:/NAME@ALIAS of the registry",
+    )
+    parser.add_argument("--uri", help="tracking URI of models:/...; else MLFLOW_TRACKING_URI")
+
+
+@contextmanager
+def opened_model(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder of ``args.model``, fetched and verified where it names a registered version."""
+    if not args.model.startswith("models:/"):
+        yield Path(args.model)
+        return
+    from pretrain import mlflow_env, registry
+
+    with registry.opened(args.model, mlflow_env.require_uri(args.uri)) as folder:
+        yield folder
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -1,16 +1,16 @@
-"""`classify`: zero-shot class probabilities of images, by a model folder."""
+"""`classify`: zero-shot class probabilities of images, by a model folder or a registered model."""
 
 import argparse
 
-HELP = "classify images against labels of your own with an exported model"
+from pretrain.commands._options import add_model, opened_model
+
+HELP = "classify images against labels of your own with an exported or registered model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument(
-        "--model", required=True, help="exported model folder (see `export`, `pull`)"
-    )
+    add_model(parser)
     parser.add_argument("--labels", required=True, help="class names, comma-separated")
     parser.add_argument(
         "--template", action="append", help="class prompt with {} for the name; may be repeated"
@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
             raise DataError(
                 f"image={path!r} cannot be read ({error}); give PNG, JPEG or WebP files"
             ) from None
-    rows = Predictor.load(args.model).classify(
-        opened, labels, templates=args.template or ("{}",), noises=args.noises, steps=args.steps
-    )
+    with opened_model(args) as folder:
+        rows = Predictor.load(folder).classify(
+            opened, labels, templates=args.template or ("{}",), noises=args.noises, steps=args.steps
+        )
     for path, row in zip(args.images, rows, strict=True):
         best = sorted(zip(row.tolist(), labels, strict=True), reverse=True)[: args.top]
         print(f"{path}: " + ", ".join(f"{label} {p:.1%}" for p, label in best))

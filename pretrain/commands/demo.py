@@ -70,28 +70,20 @@ def run(args: argparse.Namespace) -> int:
         *overrides,
     )
     step("train on this machine, through the deepspeed launcher", *train)
-    folder = f"{output}/model"
+    name, folder = settings.name, f"{output}/model"
     step(
         "export the last checkpoint", "-m", "pretrain", "export", "--output", output, "--to", folder
     )
-    name = settings.name
     step(
         "register it in MLflow",
-        *(
-            "-m",
-            "pretrain",
-            "register",
-            "--model",
-            folder,
-            "--name",
-            name,
-            "--alias",
-            args.alias,
-            "--output",
-            output,
-        ),
+        *("-m", "pretrain", "register", "--model", folder, "--output", output),
     )
     tracked = recorded_run(output)
+    step(
+        f"make it the {args.alias}, if it passes the gate of the configuration",
+        *("-m", "pretrain", "promote", f"models:/{name}@candidate", "--to", args.alias),
+        *("--config", args.config, *overrides, "--uri", tracked.uri),
+    )
     model = f"models:/{name}@{args.alias}"
     zero_shot = check_evaluators(settings.evaluators).get("zero_shot")
     sets = zero_shot.model_dump()["sets"].values() if zero_shot else ()

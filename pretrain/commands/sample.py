@@ -1,16 +1,16 @@
-"""`sample`: images from text, by a model folder."""
+"""`sample`: images from text, by a model folder or a registered model."""
 
 import argparse
 
-HELP = "generate images from prompts with an exported model"
+from pretrain.commands._options import add_model, opened_model
+
+HELP = "generate images from prompts with an exported or registered model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("prompts", nargs="+", help="one image is drawn for each")
-    parser.add_argument(
-        "--model", required=True, help="exported model folder (see `export`, `pull`)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--out", default="samples.png", help="the PNG to write: a grid of all images"
     )
@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     from pretrain.evaluators.samples import grid
     from pretrain.inference import Predictor
 
-    images = Predictor.load(args.model).generate(
-        args.prompts, steps=args.steps, guidance=args.guidance, seed=args.seed
-    )
+    with opened_model(args) as folder:
+        images = Predictor.load(folder).generate(
+            args.prompts, steps=args.steps, guidance=args.guidance, seed=args.seed
+        )
     grid(images, args.prompts, args.columns, max(96, images[0].width)).save(args.out)
     print(f"wrote {args.out}")
     return 0

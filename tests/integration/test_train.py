@@ -204,6 +204,7 @@ def test_the_demo_takes_a_finished_run_to_a_model_that_scores_what_training_scor
         "config.json",
         "tokenizer.model",
         "card.json",
+        "README.md",
     }
     assert "registered     models:/diffdis-debug@champion" in said
     trained = json.loads((undisturbed / "evaluations.jsonl").read_text().splitlines()[-1])

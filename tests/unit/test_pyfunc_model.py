@@ -120,8 +120,10 @@ def test_parameters_override_the_models_own(model: DiffDisModel) -> None:
         (
             {"task": "generate", "text": "x"},
             {"steps": -1},
-            "steps=-1: give a positive number, or 0",
+            "steps=-1: give a number from 1 to 1000, or 0 for the model's own",
         ),
+        ({"task": "generate", "text": "x"}, {"steps": 1001}, "steps=1001: give a number from 1"),
+        ({"task": "generate", "text": "x"}, {"guidance": np.inf}, "guidance=inf: give a number"),
     ],
 )
 def test_a_bad_request_names_row_field_value_and_remedy(

@@ -1,0 +1,166 @@
+"""A model folder as a pipeline folder of diffusers: the generative head for people without this
+project.
+
+    unet/            diffusers' UNet2DConditionModel, the weights as they are
+    text_encoder/    ours, with its code; the tokenizer is a buffer among its weights
+    scheduler/       diffusers' EDMEulerScheduler or DDIMScheduler
+    vae/             where the model has one
+    diffdis_pipeline.py, model_index.json
+
+StableDiffusionPipeline cannot hold it: its text encoder is CLIP's, its latents a VAE's.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.diffusion.schedule import EDMConfig
+from pretrain.errors import ExportError
+from pretrain.inference import Predictor
+from pretrain.model.autoencoder import Diffusers, SpaceToDepth
+from pretrain.rng import generator
+
+_FILES = Path(__file__).parent / "pipeline_files"
+_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+# Largest difference of a pixel in [-1, 1] from our own sampler; measured 2e-5 at most, since sigmas
+# and coefficients are formed in another order.
+_TOLERANCE = 1e-3
+
+
+def write(model: str | Path, to: str | Path) -> Path:
+    """Write ``to`` from an exported model folder, and prove that it draws what the model draws.
+
+    Raises:
+        ExportError: diffusers has no scheduler for this model's path; or the pictures differ.
+    """
+    from diffusers import __version__
+
+    predictor = Predictor.load(model)
+    to = Path(to)
+    temporary = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    scheduler = _scheduler(predictor)
+    autoencoder = predictor.model.autoencoder
+    predictor.model.trunk.unet.save_pretrained(temporary / "unet")
+    _text_encoder(predictor, Path(model) / "tokenizer.model").save_pretrained(
+        temporary / "text_encoder"
+    )
+    scheduler.save_pretrained(temporary / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": ["diffdis_pipeline", "DiffDisPipeline"],
+        "_diffusers_version": __version__,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["diffdis_text_encoder", "DiffDisTextEncoder"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "vae": [None, None],
+        **_settings(predictor),
+    }
+    if isinstance(autoencoder, Diffusers):
+        autoencoder.vae.save_pretrained(temporary / "vae")
+        index["vae"] = ["diffusers", type(autoencoder.vae).__name__]
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(_FILES / "diffdis_pipeline.py", temporary)
+    shutil.copy(_FILES / "diffdis_text_encoder.py", temporary / "text_encoder")
+    for name in ("card.json", "README.md"):
+        if (Path(model) / name).exists():
+            shutil.copy(Path(model) / name, temporary)
+    _prove(temporary, predictor, index)
+    shutil.rmtree(to, ignore_errors=True)
+    temporary.rename(to)
+    return to
+
+
+def _scheduler(predictor: Predictor) -> Any:
+    from diffusers import DDIMScheduler, EDMEulerScheduler
+
+    path = predictor.model.config.image_path
+    schedule = path.schedule
+    if path.gamma == 1 and isinstance(schedule, EDMConfig) and path.predict == "edm":
+        return EDMEulerScheduler(
+            sigma_min=schedule.sigma_min,
+            sigma_max=schedule.sigma_max,
+            sigma_data=path.sigma_data,
+            rho=schedule.rho,
+        )
+    if path.gamma == 1 and not isinstance(schedule, EDMConfig) and path.predict in _PREDICTION:
+        return DDIMScheduler(
+            num_train_timesteps=schedule.steps,
+            beta_start=schedule.beta_start,
+            beta_end=schedule.beta_end,
+            beta_schedule="scaled_linear",
+            prediction_type=_PREDICTION[path.predict],
+            timestep_spacing="trailing",
+            set_alpha_to_one=True,
+            clip_sample=False,
+        )
+    raise ExportError(
+        f"model.image_path has schedule.kind={schedule.kind}, predict={path.predict}, "
+        f"gamma={path.gamma:g}, for which diffusers has no scheduler; it has them for gamma=1 and "
+        "edm with edm, or scaled_linear with eps, x0 or v. Use the model folder itself"
+    )
+
+
+def _text_encoder(predictor: Predictor, tokenizer: Path) -> Any:
+    from pretrain.pipeline_files.diffdis_text_encoder import DiffDisTextEncoder
+
+    config, data = predictor.model.config.text_encoder, bytearray(tokenizer.read_bytes())
+    made = DiffDisTextEncoder(
+        vocab_size=predictor.tokenizer.vocab_size,
+        tokenizer_bytes=len(data),
+        **config.model_dump(exclude={"frozen_from"}),
+    )
+    state = predictor.model.text_encoder.state_dict()  # type: ignore[union-attr]
+    made.load_state_dict({**state, "tokenizer": torch.frombuffer(data, dtype=torch.uint8)})
+    return made.eval()
+
+
+def _settings(predictor: Predictor) -> dict[str, Any]:
+    """The pipeline's own arguments."""
+    model, inference = predictor.model, predictor.heads.config
+    shift = model.autoencoder.shift if isinstance(model.autoencoder, SpaceToDepth) else 0.0
+    schedule = model.image_path.schedule
+    return {
+        "image_size": model.config.image_size,
+        "factor": model.autoencoder.factor,
+        "shift": shift,
+        "start": float(schedule.sigma(torch.tensor([schedule.t_max]))),
+        "steps": inference.steps,
+        "guidance_scale": 1 + inference.guidance,  # diffusers counts from the null prompt
+        "last_noise": inference.last_noise,
+    }
+
+
+@torch.no_grad()
+def _prove(folder: Path, predictor: Predictor, index: dict[str, Any]) -> None:
+    import diffusers
+
+    from pretrain.pipeline_files.diffdis_pipeline import DiffDisPipeline
+    from pretrain.pipeline_files.diffdis_text_encoder import DiffDisTextEncoder
+
+    own = {"text_encoder": DiffDisTextEncoder}
+    parts = {
+        name: (own.get(name) or getattr(diffusers, index[name][1])).from_pretrained(folder / name)
+        for name in ("unet", "text_encoder", "scheduler", "vae")
+        if index[name][0]
+    }
+    pipeline = DiffDisPipeline(**parts, **_settings(predictor))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = ["a proof of export", ""], [0, 1]
+    steps = 8  # divides 1,000: else DDIMScheduler steps to times beside those of its own list
+    shape = predictor.model.latent_shape
+    noise = torch.stack([torch.randn(shape, generator=generator(s, "generate")) for s in seeds])
+    theirs: Tensor = pipeline(
+        prompts, num_inference_steps=steps, latents=noise, output_type="pt"
+    ).images
+    tokens, mask = predictor.tokenizer.encode(prompts, predictor.length)
+    ours = predictor.heads.generate_tokens(tokens, mask, seeds, steps, sampler="ddim")
+    far = float((theirs * 2 - 1 - ours).abs().max())
+    if not far <= _TOLERANCE:
+        raise ExportError(
+            f"{folder}: the pipeline's pictures differ from the model's by {far:.3g} of [-1, 1], "
+            f"more than {_TOLERANCE:g}; this is a fault of the program, please report it"
+        )
