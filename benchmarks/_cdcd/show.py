@@ -34,14 +34,21 @@ def table(found: Mapping[str, Any]) -> str:
         f"{'the data':<18}{data['nll']:>14.2f}{data['accuracy']:>16.3f}{'':>32}"
         f"{data['entropy']:>16.2f}"
     )
-    base = statistics.mean(r["nll"] for r in by_name["w=0"])
+    base = {r["seed"]: r["nll"] for r in by_name["w=0"]}
     for name, rows in by_name.items():
         saved = [100 * (1 - (r["fewest"] or LENGTH) / LENGTH) for r in rows]
-        alarm = loss.LikelihoodAlarm()
-        alarm.rings(base)
-        rings = " (ALARM: likelihood)" if any([alarm.rings(r["nll"]) for r in rows]) else ""
+        rings = (
+            " (ALARM: likelihood)" if any(_rings(base[r["seed"]], r["nll"]) for r in rows) else ""
+        )
         lines.append(f"{name}: {statistics.mean(saved):.0f}% fewer steps{rings}")
     return "\n".join(lines)
+
+
+def _rings(base: float, nll: float) -> bool:
+    """Whether likelihood fell too far below the same seed's baseline."""
+    alarm = loss.LikelihoodAlarm()
+    alarm.rings(base)
+    return alarm.rings(nll)
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
