@@ -92,6 +92,7 @@ class _Node:
             flush=True,
         )
         before = read_marker(self.output) if place.rank == 0 else None
+        records.forget_ends(self.records, self.attempt, self._own())
         self._ticket.write(self.ticket)
         try:
             with tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
@@ -104,8 +105,13 @@ class _Node:
         finally:
             remove(self.ticket)
         code = outcome.code
-        ended = [e for e in records.ends(self.records, self.attempt) if e.code]
-        if outcome.stopped_by is not None:
+        ended = records.ends(self.records, self.attempt)
+        own = [e.code for e in ended if e.rank in self._own()]
+        if own == [REQUEUE_EXIT_CODE] * self.slots:
+            # Whatever befell deepspeed after them: when a node ends with 75, srun terminates the
+            # others, whose ranks have saved as well.
+            code = REQUEUE_EXIT_CODE
+        elif outcome.stopped_by is not None:
             code = code or 128 + outcome.stopped_by
         elif code == 0 and place.rank == 0:
             after = read_marker(self.output)
@@ -122,6 +128,10 @@ class _Node:
                 flush=True,
             )
         return code
+
+    def _own(self) -> range:
+        """The ranks of this node."""
+        return range(self.place.rank * self.slots, (self.place.rank + 1) * self.slots)
 
     def _command(self, hostfile: str) -> list[str]:
         place = self.place

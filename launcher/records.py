@@ -128,6 +128,12 @@ def end(ranks: Path, attempt: str, rank: int, code: int) -> None:
     _replace(ranks / attempt / f"{rank:05d}.end", json.dumps(tree))
 
 
+def forget_ends(ranks: Path, attempt: str, which: Sequence[int]) -> None:
+    """Of an attempt of the same name before."""
+    for rank in which:
+        (ranks / attempt / f"{rank:05d}.end").unlink(missing_ok=True)
+
+
 def log(ranks: Path, attempt: str, rank: int) -> Path:
     """What the rank printed."""
     return ranks / attempt / f"{rank:05d}.log"
