@@ -12,7 +12,7 @@
 # NVIDIA container toolkit. To compile DeepSpeed's own CUDA ops (this project uses none) take one with nvcc, such as
 # --build-arg BASE=nvidia/cuda:<version>-devel-ubuntu24.04.
 
-ARG BASE=debian:bookworm-slim
+ARG BASE=debian:12.11-slim
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS base
@@ -42,8 +42,8 @@ RUN python3 -m venv /opt/venv \
          cpu) export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
          *) echo "FLAVOR=${FLAVOR} must be cuda or cpu" >&2; exit 1 ;; \
        esac \
-    && torch="$(grep '^torch==' /tmp/requirements.txt)" \
-    && pip install --no-cache-dir --disable-pip-version-check "${torch}"
+    && grep '^torch==' /tmp/requirements.txt > /tmp/torch.txt \
+    && pip install --no-cache-dir --disable-pip-version-check --requirement /tmp/torch.txt
 RUN pip install --no-cache-dir --disable-pip-version-check --requirement /tmp/requirements.txt
 
 FROM base AS run
@@ -57,7 +57,7 @@ LABEL org.opencontainers.image.title="diffdis-pretrain" \
 # For the NVIDIA container toolkit; without meaning on CPU.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin pretrain \
+RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin pretrain \
     && install --directory --owner=pretrain --group=pretrain /work /work/runs
 COPY --from=environment /opt/venv /opt/venv
 WORKDIR /work
@@ -67,7 +67,8 @@ COPY data ./data
 COPY configs ./configs
 COPY launcher ./launcher
 COPY pretrain ./pretrain
-USER pretrain
+# By number: Kubernetes' runAsNonRoot cannot look up a name.
+USER 10001:10001
 
 # A batch job serves nothing that could be asked. It is well while it has a process of the run and none of them is
 # stopped or dead: the state in which a rank hangs all the others.

@@ -12,7 +12,7 @@ from launcher.job import JobError, JobSpec
 from launcher.marker import read_tracked
 from launcher.plan import Plan
 
-VERBS = ("submit", "status", "logs", "cancel")
+VERBS = ("submit", "status", "logs", "cancel", "preflight")
 _POLL_SECONDS = 10.0
 
 
@@ -35,6 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(verb: str, backend: backends.Backend, plan: Plan, wait: bool) -> int:
+    if verb == "preflight":
+        look = getattr(backend, "preflight", None)
+        if look is None:
+            raise JobError(
+                f"verb='preflight' has no meaning on {plan.backend}: its scheduler chooses the "
+                "hosts; it is for hostfile"
+            )
+        return int(look(plan))
     if verb == "cancel":
         backend.cancel(plan)
     elif verb == "logs":

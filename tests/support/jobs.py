@@ -7,6 +7,7 @@ from launcher.job import JobSpec
 
 # What a backend must be told besides a run. A backend that is not here needs nothing.
 EXTRA: dict[str, dict[str, Any]] = {
+    "hostfile": {"backends": {"hostfile": {"hosts": ["node1 slots=2"]}}},
     "kubernetes": {"image": "registry.example.com/pretrain:1"},
     "aws_batch": {
         "image": "registry.example.com/pretrain:1",

@@ -30,7 +30,8 @@ LAYERS: dict[str, list[str]] = {
     ],
     "launcher": [
         "strict secrets job plan marker handle shell jobfile",
-        "rendezvous preflight supervise node",
+        "rendezvous preflight supervise node "
+        "records ticket rank remote host facts pairs launch monitor restarts attempts init",
         "backends/",
         "__main__",
     ],

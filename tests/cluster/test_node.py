@@ -1,0 +1,87 @@
+"""`python -m launcher node` on two hosts, started as AWS Batch starts it: its variables, the main
+node without its own address; one of the two as process 1 of its container."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, require_programs_now
+from tests.support import hosts as host_support
+from tests.support.host_run import SAMPLES, SETTINGS, learned
+from tests.support.hosts import Hosts
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.soak]
+
+START = 600.0
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    require_programs_now("sshd", *host_support.PROGRAMS)
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for network namespaces")
+    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as hosts:
+        yield hosts
+
+
+def nodes(hosts: Hosts, folder: Path, attempt: int) -> "list[subprocess.Popen[bytes]]":
+    """Both nodes of a job; the second is process 1 of a pid namespace of its own."""
+    command = [sys.executable, "-m", "launcher", "node", "--scheduler", "aws_batch"]
+    command += ["--nodes", "2", "--ranks", "1", "--output", str(folder / "run"), "--"]
+    command += ["tests.support.host_run", "train", "--config", "configs/debug.yaml"]
+    for setting in (*SETTINGS, f"output={folder / 'run'}"):
+        command += ["--set", setting]
+    started = []
+    for index, name in enumerate(hosts.names):
+        env = {
+            **os.environ,
+            "HOST_RUN_DIARY": str(folder / "diary"),
+            "HOST_RUN_STEP_SECONDS": "0.3",
+            "AWS_BATCH_JOB_ID": f"a1b2#{index}",
+            "AWS_BATCH_JOB_ATTEMPT": str(attempt),
+            "AWS_BATCH_JOB_NUM_NODES": "2",
+            "AWS_BATCH_JOB_NODE_INDEX": str(index),
+            "AWS_BATCH_JOB_MAIN_NODE_INDEX": "0",
+        }
+        if index:
+            env["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = f"{hosts.network}.1"
+        container = ["unshare", "-p", "-f", "--mount-proc", "--kill-child"] if index else []
+        with open(folder / f"node-{index}.log", "ab") as log:
+            argv = hosts.command(name, [*container, *command])
+            started.append(
+                subprocess.Popen(argv, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+            )
+    return started
+
+
+def test_stopped_and_resumed(hosts: Hosts, tmp_path: Path) -> None:
+    """SIGTERM to process 1 of one node: both end with 75, and go on where they were."""
+
+    def said() -> str:
+        return "".join((tmp_path / f"node-{i}.log").read_text()[-3000:] for i in (0, 1))
+
+    first = nodes(hosts, tmp_path, 1)
+    diary = tmp_path / "diary" / "a1b2-1" / "diary-0.jsonl"
+    give_up = time.monotonic() + START
+    while not diary.exists() or len(diary.read_text().splitlines()) < 5:
+        assert time.monotonic() < give_up and first[0].poll() is None, said()
+        time.sleep(0.1)
+    agent = min(
+        int(line.split()[0])
+        for line in hosts.processes("node2", "launcher node --scheduler")
+        if "unshare" not in line
+    )
+    hosts.signal("node2", agent, signal.SIGTERM)
+    assert [p.wait(120) for p in first] == [75, 75], said()
+    second = nodes(hosts, tmp_path, 2)
+    assert [p.wait(START) for p in second] == [0, 0], said()
+    assert learned(tmp_path / "diary") == list(range(SAMPLES))
+    for name in hosts.names:
+        assert hosts.processes(name, "host_run") == []
