@@ -93,6 +93,10 @@ class _Node:
         )
         before = read_marker(self.output) if place.rank == 0 else None
         records.forget_ends(self.records, self.attempt, self._own())
+        # While the ranks run, `supervise.run` has the signals. One that comes after them, as from
+        # srun when another node has ended, must not hide how they ended.
+        for number in supervise.STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         self._ticket.write(self.ticket)
         try:
             with tempfile.NamedTemporaryFile("w", suffix=".hostfile") as hostfile:
