@@ -152,6 +152,7 @@ def launch(hosts: Hosts, tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
         hosts.start(name)
 
 
+@pytest.mark.soak
 def test_preflight(launch: Callable[..., Launcher], hosts: Hosts) -> None:
     """Real hosts pass within its 90 s; a server that does not answer is told by each host, with the
     remedy, and a job whose preflight fails is not started."""
@@ -177,6 +178,7 @@ def test_an_unreachable_host_at_the_start(launch: Callable[..., Launcher], hosts
     assert not list((launcher.run / "ranks").glob("*/*"))
 
 
+@pytest.mark.soak
 def test_sigkill_of_a_rank(launch: Callable[..., Launcher], hosts: Hosts) -> None:
     """The launcher names it, starts again by itself, and the run is complete. On the way: no
     process list, plan, log or file of the run holds the secret, which its ranks have."""

@@ -100,6 +100,7 @@ def test_cancelled(cluster: Slurm, job: Path) -> None:
     until(lambda: not cluster.run(["squeue", "-h"]).strip(), lambda: cluster.run(["squeue"]), 60)
 
 
+@pytest.mark.soak
 def test_stopped_requeued_and_resumed_twice(cluster: Slurm, job: Path) -> None:
     """SIGTERM to the batch script, as before a time limit: the ranks save, the job goes back into
     the queue and on; each sample is learned from once."""
