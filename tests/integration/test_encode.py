@@ -51,6 +51,7 @@ def progress(output: Path) -> dict[str, float]:
     return json.loads(path.read_text())["progress"]["last"]
 
 
+@pytest.mark.soak  # tests/unit/test_encode.py has the arithmetic
 def test_training_on_latents_and_frozen_text(tmp_path, capsys):
     from pretrain.inference import Predictor
 

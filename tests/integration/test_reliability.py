@@ -139,6 +139,7 @@ def test_sigterm_and_sigusr1_in_each_phase(reference, run, phases):
     assert sum(len(a.steps()) for a in attempts) * BATCH == SAMPLES  # no step was made twice
 
 
+@pytest.mark.soak  # tests/unit/test_watchdog.py has the watchdog
 def test_sigstop_of_a_rank(reference, run):
     """The other one names it and ends; nothing is lost but the steps since the last checkpoint."""
     limits = (
@@ -493,6 +494,7 @@ def test_a_number_of_ranks_that_does_not_divide(reference, run, tmp_path):
     assert unequal(reference.folder, tmp_path / "run") == []
 
 
+@pytest.mark.soak  # tests/distributed/test_state.py has the ranks
 def test_two_one_four_two_ranks(reference, run):
     """Stopped in mid-epoch and taken up on another number of ranks, three times."""
     attempts = []
