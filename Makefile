@@ -29,7 +29,7 @@ demo: $(STAMP) ## train, score, register and show a small model on two CPU ranks
 test: $(STAMP) ## run the tests (PYTEST_ARGS narrows them)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-soak: $(STAMP) ## run the fault tables in full, of which `test` runs a part (about 15 minutes)
+soak: $(STAMP) ## run the fault tables in full, of which `test` runs a part (long; never timed in one go)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint and types
