@@ -100,16 +100,3 @@ def variants(name: str, keywords: Sequence[str], style: str) -> list[str]:
         captions.append(f"{name}: {', '.join(other)}")
     captions.append(f"{article(style)} {style} drawing of {with_article(name)}")
     return captions
-
-
-def coloured(name: str, style: str, colour: str | None) -> list[str]:
-    """Four captions of a drawing that shows mostly ``colour``: its name and style, as in
-    `variants`, with the colour in them. None without a colour, or where the name has it."""
-    if colour is None or colour in name.lower().split():
-        return []
-    return [
-        f"{colour} {name}",
-        f"{name}, {colour}",
-        f"{colour} {name}, {style} style",
-        f"{article(style)} {style} drawing of {with_article(name)}, {colour}",
-    ]

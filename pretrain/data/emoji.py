@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data import drawings
-from pretrain.data.captions import coloured
-from pretrain.data.colours import dominant
-from pretrain.data.concepts import Names, base_concept, spoken
+from pretrain.data.concepts import Names, base_concept
 from pretrain.data.drawings import NAMES, Drawing, Vendor, fetch, fraction
 
 GROUPS = ("animals-nature", "food-drink", "activities", "travel-places", "objects")
 VENDORS = tuple(drawings.VENDORS[v] for v in ("noto", "twemoji", "fluent-emoji-flat"))
 HELD_OUT_RENDERINGS = 0.30  # share of base concepts of which one vendor's drawing is held out
 TRAIN_SHARDS = 3
-COLOUR_SIZE = 64  # pixels a side at which colours are counted
 
 
 def default_cache() -> Path:
@@ -56,22 +53,12 @@ def render(drawing: Drawing, size: int) -> bytes:
 
 def sample(drawing: Drawing, size: int) -> dict[str, Any]:
     """The drawing as a webdataset sample: png, txt (one caption, chosen by a hash of the key) and
-    json.
-
-    In training its json also has the `colour` that it shows most (null if none stands out), and
-    four captions more that say so: the names alone have "green" for a dozen pictures. What is held
-    out is asked for by its names.
-    """
+    json."""
     fields = drawing.fields()
-    plain = fields["captions"]
-    if drawing.split == "train":
-        fields["colour"] = dominant(drawing.picture(COLOUR_SIZE))
-        name, style = spoken(drawing.name), drawing.vendor.style
-        fields["captions"] = [*plain, *coloured(name, style, fields["colour"])]
     return {
         "__key__": drawing.key,
         "png": render(drawing, size),
-        "txt": drawings.choose(drawing.key, plain).encode(),
+        "txt": drawings.choose(drawing.key, fields["captions"]).encode(),
         "json": json.dumps(fields, ensure_ascii=False).encode(),
     }
 

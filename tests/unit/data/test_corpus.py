@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from PIL import Image
 
 from pretrain.__main__ import main
 from pretrain.data import drawings, emoji
-from pretrain.data.captions import article, coloured, variants, with_article
-from pretrain.data.colours import dominant
+from pretrain.data.captions import article, variants, with_article
 from pretrain.data.concepts import base_concept
 from pretrain.data.evalset import read_all
 from pretrain.data.manifest import Manifest
@@ -94,69 +93,9 @@ def test_keys_are_unique_and_vendors_are_mixed_in_every_shard(
 def test_captions_come_from_the_fields(corpus_: dict[str, list[RawSample]]) -> None:
     for raw in corpus_["train"]:
         f = json.loads(raw.files["json"])
-        plain = variants(f["name"], f["keywords"], f["style"])
-        assert f["captions"] == [*plain, *coloured(f["name"], f["style"], f["colour"])]
-        assert raw.files["txt"].decode() in plain
+        assert f["captions"] == variants(f["name"], f["keywords"], f["style"])
+        assert raw.files["txt"].decode() in f["captions"]
         assert f["captions"][0] == f["name"]
-
-
-def test_what_is_held_out_is_described_by_its_names_alone(fields: dict[str, Any]) -> None:
-    for split in SPLITS[1:]:
-        for f in fields[split]:
-            assert f["captions"] == variants(f["name"], f["keywords"], f["style"])
-
-
-def test_a_colour_is_that_of_most_of_the_drawing(corpus_: dict[str, list[RawSample]]) -> None:
-    found = defaultdict(set)
-    for raw in corpus_["train"]:
-        f = json.loads(raw.files["json"])
-        found[f["name"]].add(f["colour"])
-    assert found["green apple"] == found["four leaf clover"] == {"green"}
-    assert found["tomato"] == {"red"} and found["tiger"] == {"orange"}
-    assert found["rainbow"] == {None}
-    counts = Counter(c for colours in found.values() for c in colours if c)
-    named = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black"]
-    assert set(counts) == set(named)
-    assert counts["green"] > 30
-
-
-@pytest.mark.parametrize(
-    ("rgb", "name"),
-    [
-        ((255, 0, 0), "red"),
-        ((255, 140, 0), "orange"),
-        ((255, 230, 0), "yellow"),
-        ((0, 160, 40), "green"),
-        ((30, 90, 220), "blue"),
-        ((120, 40, 200), "purple"),
-        ((255, 60, 190), "pink"),
-        ((255, 190, 195), "pink"),
-        ((120, 70, 40), "brown"),
-        ((20, 20, 20), "black"),
-        ((128, 128, 128), None),
-        ((255, 255, 255), None),
-    ],
-)
-def test_names_of_colours(rgb: tuple[int, int, int], name: str | None) -> None:
-    picture = Image.new("RGB", (8, 8), "white")
-    picture.paste(rgb, (0, 0, 4, 4))
-    assert dominant(picture) == name
-    picture.paste((0, 0, 255) if name != "blue" else (255, 0, 0), (4, 0, 8, 8))  # twice as much
-    assert dominant(picture) == ("blue" if name != "blue" else "red")
-    speck = Image.new("RGB", (8, 8), "white")
-    speck.putpixel((3, 3), rgb)
-    assert dominant(speck) is None
-
-
-def test_a_name_that_has_its_colour_is_not_told_it_again() -> None:
-    assert coloured("green apple", "Noto", "green") == []
-    assert coloured("owl", "Noto", None) == []
-    assert coloured("owl", "Noto", "brown") == [
-        "brown owl",
-        "owl, brown",
-        "brown owl, Noto style",
-        "a Noto drawing of an owl, brown",
-    ]
 
 
 def test_pictures_are_rgb_drawings_on_white(corpus_: dict[str, list[RawSample]]) -> None:
