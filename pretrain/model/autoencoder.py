@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from pretrain.config import Config
@@ -31,11 +31,14 @@ class SpaceToDepthConfig(Config):
         factor: 1 is plain pixels.
         shift: taken from every pixel; the mean of the data centres the latents, as EDM's
             coefficients assume (drawings on white have a mean of 0.6).
+        deviations: the data's standard deviations along `OPPONENT`'s axes; each is divided by its
+            own, so that noise hides no colour before the others. None leaves RGB as it is.
     """
 
     kind: Literal["space_to_depth"] = "space_to_depth"
     factor: int = Field(2, ge=1)
     shift: float = 0.0
+    deviations: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 class DiffusersConfig(Config):
@@ -56,19 +59,41 @@ class DiffusersConfig(Config):
 AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discriminator="kind")]
 
 
-class SpaceToDepth:
-    """An exact, parameter-free autoencoder."""
+# Orthonormal axes of (R, G, B): lightness, red against blue, green against magenta. They are about
+# the principal ones of pictures (Ohta et al. 1980), in the order of what varies most.
+OPPONENT = torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=torch.float64)
+OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
 
-    def __init__(self, factor: int, shift: float = 0.0) -> None:
+
+class SpaceToDepth:
+    """A parameter-free autoencoder; exact, with ``deviations`` to rounding."""
+
+    def __init__(
+        self, factor: int, shift: float = 0.0, deviations: tuple[float, ...] | None = None
+    ) -> None:
         self.factor = factor
         self.shift = shift
         self.channels = 3 * factor**2
+        self.to_rgb: Tensor | None = None  # (3, 3), from the scaled axes
+        if deviations is not None:
+            self.to_rgb = OPPONENT.T * torch.tensor(deviations, dtype=torch.float64)
+            self._from_rgb = torch.linalg.inv(self.to_rgb)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        return F.pixel_unshuffle(images_BCHW - self.shift, self.factor)
+        centred = images_BCHW - self.shift
+        if self.to_rgb is not None:
+            centred = _mix(self._from_rgb, centred)
+        return F.pixel_unshuffle(centred, self.factor)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        return F.pixel_shuffle(z_BCHW, self.factor) + self.shift
+        centred = F.pixel_shuffle(z_BCHW, self.factor)
+        if self.to_rgb is not None:
+            centred = _mix(self.to_rgb, centred)
+        return centred + self.shift
+
+
+def _mix(matrix: Tensor, images_BCHW: Tensor) -> Tensor:
+    return torch.einsum("oc,bchw->bohw", matrix.to(images_BCHW), images_BCHW)
 
 
 class Diffusers:
@@ -105,4 +130,4 @@ def build_autoencoder(config: SpaceToDepthConfig | DiffusersConfig) -> Autoencod
     """The autoencoder of ``config``; a diffusers one is read from its folder."""
     if isinstance(config, DiffusersConfig):
         return Diffusers(config)
-    return SpaceToDepth(config.factor, config.shift)
+    return SpaceToDepth(config.factor, config.shift, config.deviations)
