@@ -1,6 +1,7 @@
 """Pixels to latents and back. Frozen, and outside the engine: no parameter of it is ever
 partitioned."""
 
+import math
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -61,8 +62,10 @@ AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discri
 
 # Orthonormal axes of (R, G, B): lightness, red against blue, green against magenta. They are about
 # the principal ones of pictures (Ohta et al. 1980), in the order of what varies most.
-OPPONENT = torch.tensor([[1.0, 1, 1], [1, 0, -1], [-1, 2, -1]], dtype=torch.float64)
-OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
+OPPONENT = tuple(
+    tuple(weight / math.sqrt(length) for weight in weights)
+    for weights, length in (((1, 1, 1), 3), ((1, 0, -1), 2), ((-1, 2, -1), 6))
+)
 
 
 class SpaceToDepth:
@@ -74,10 +77,12 @@ class SpaceToDepth:
         self.factor = factor
         self.shift = shift
         self.channels = 3 * factor**2
-        self.to_rgb: Tensor | None = None  # (3, 3), from the scaled axes
+        # Rows of 3 × 3 matrices: numbers, since a model is also built on the meta device.
+        self.to_rgb: list[list[float]] | None = None
         if deviations is not None:
-            self.to_rgb = OPPONENT.T * torch.tensor(deviations, dtype=torch.float64)
-            self._from_rgb = torch.linalg.inv(self.to_rgb)
+            axes = list(zip(OPPONENT, deviations, strict=True))
+            self.to_rgb = [[axis[i] * d for axis, d in axes] for i in range(3)]
+            self._from_rgb = [[weight / d for weight in axis] for axis, d in axes]
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         centred = images_BCHW - self.shift
@@ -92,8 +97,8 @@ class SpaceToDepth:
         return centred + self.shift
 
 
-def _mix(matrix: Tensor, images_BCHW: Tensor) -> Tensor:
-    return torch.einsum("oc,bchw->bohw", matrix.to(images_BCHW), images_BCHW)
+def _mix(rows: list[list[float]], images_BCHW: Tensor) -> Tensor:
+    return torch.einsum("oc,bchw->bohw", images_BCHW.new_tensor(rows), images_BCHW)
 
 
 class Diffusers:
