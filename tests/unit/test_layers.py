@@ -29,7 +29,7 @@ LAYERS: dict[str, list[str]] = {
         "commands/ __main__",
     ],
     "launcher": [
-        "strict secrets job plan marker handle shell jobfile",
+        "strict secrets job plan marker tracked handle shell jobfile",
         "rendezvous preflight supervise node "
         "records ticket rank remote host facts pairs launch monitor restarts attempts init",
         "backends/",
