@@ -242,22 +242,22 @@ def render(config: RunConfig, ranks: int | None) -> str:
     Raises:
         ConfigError: ``ranks`` was given and the batch does not divide by it.
     """
-    vocab_size = _vocab_size(config)
+    pieces = vocab_size(config)
     t, e, o = config.training, config.engine, config.optimizer
     o.check_length(t.samples)
     if ranks is not None:
         accumulation(e, t.global_batch, ranks)
-    counted = count_parameters(config, vocab_size)
+    counted = count_parameters(config, pieces)
     lines = [f"{config.name}  (dry run: nothing is allocated or started)", "", "parameters"]
     lines += [f"  {name:<16}{n:>16,}" for name, n in counted.by_part.items()]
     lines += [f"  {'total':<16}{counted.total:>16,}"]
     if counted.frozen + counted.outside:
         lines += [f"  {'frozen':<16}{counted.frozen + counted.outside:>16,}"]
-    flops = sample_flops(config, vocab_size)
+    flops = sample_flops(config, pieces)
     lines += ["", "operations of a training step, for one sample"]
     lines += [f"  {name:<16}{n / 1e9:>16,.3f} GFLOP" for name, n in flops.items()]
     lines += [f"  {'total':<16}{sum(flops.values()) / 1e9:>16,.3f} GFLOP", ""]
-    lines += _memory(config, counted, vocab_size, RANKS if ranks is None else (ranks,))
+    lines += _memory(config, counted, pieces, RANKS if ranks is None else (ranks,))
     losses = [f"{n} × {s.weight:g}" for n, s in check_objectives(config.objectives).items()]
     steps_total = -(-t.samples // t.global_batch)
     decay = f", linear in the last {o.decay_samples:,}" if o.schedule == "wsd" else ""
@@ -314,13 +314,13 @@ def _memory(
         except ConfigError:
             steps = "does not divide"
         lines.append(
-            f"  {n:>5}  {_size(state):>12}   {_size(working):>18}   {_size(peak):>13}  "
-            f"{_size(state + working + peak):>12}   {steps}"
+            f"  {n:>5}  {size(state):>12}   {size(working):>18}   {size(peak):>13}  "
+            f"{size(state + working + peak):>12}   {steps}"
         )
     on = "on" if e.activation_checkpointing else "off"
     lines += [
-        f"  activations of {e.micro_batch} samples at their peak: {_size(without.peak)}, with "
-        f"activation checkpointing {_size(recomputing.peak)} (engine.activation_checkpointing is "
+        f"  activations of {e.micro_batch} samples at their peak: {size(without.peak)}, with "
+        f"activation checkpointing {size(recomputing.peak)} (engine.activation_checkpointing is "
         f"{on})"
     ]
     return lines
@@ -341,13 +341,15 @@ def _data(config: RunConfig) -> str:
     )
 
 
-def _vocab_size(config: RunConfig) -> int:
+def vocab_size(config: RunConfig) -> int:
+    """Of the run's tokenizer, which is opened."""
     from pretrain.data.tokenizer import Tokenizer
 
     return Tokenizer(config.data.tokenizer).vocab_size
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
+    """Bytes for people."""
     units: Sequence[tuple[str, int]] = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
     for unit, factor in units:
         if n >= factor:
