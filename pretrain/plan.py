@@ -18,6 +18,7 @@ from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
 from pretrain.flops import sample_flops
 from pretrain.model.recompute import set_recompute
+from pretrain.model.text_config import TransformersTextConfig
 from pretrain.run_config import RunConfig
 from pretrain.task import check_objectives
 
@@ -342,7 +343,11 @@ def _data(config: RunConfig) -> str:
 
 
 def vocab_size(config: RunConfig) -> int:
-    """Of the run's tokenizer, which is opened."""
+    """Of the run's tokenizer, which is opened; of a transformers text encoder, whose files may be
+    elsewhere, as its settings say."""
+    text = config.model.text_encoder
+    if isinstance(text, TransformersTextConfig) and "vocab_size" in text.settings:
+        return int(text.settings["vocab_size"])
     from pretrain.data.tokenizer import Tokenizer
 
     return Tokenizer(config.data.tokenizer).vocab_size
