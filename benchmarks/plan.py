@@ -1,6 +1,6 @@
 """How far `python -m pretrain plan` can be believed: on this CPU, and against published runs.
 
-python benchmarks/plan.py [--threads 1] [--only small] [--published]
+python benchmarks/plan.py [--only small] [--published]
 """
 
 import argparse
@@ -19,7 +19,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on both sides")
     parser.add_argument("--only", action="append", help="a size, any number of times")
     parser.add_argument(
         "--published", action="store_true", help="predictions beside published runs instead"
@@ -32,7 +31,7 @@ def main() -> int:
         return 0
     from benchmarks._plan import cpu
 
-    machine = cpu.measure(options.threads)
+    machine = cpu.measure()
     print("rates of this CPU, by operations or bytes of a call:")
     for kind, rates in machine.rates.items():
         print(f"  {kind:<21}" + "  ".join(f"{r / 1e9:6.1f} GFLOP/s" for _, r in rates))
@@ -40,13 +39,15 @@ def main() -> int:
         "  bandwidth            " + "  ".join(f"{r / 1e9:6.1f} GB/s" for _, r in machine.bandwidth)
     )
     print(f"  least of a call      {1e6 * machine.call_seconds:6.1f} us\n")
-    rows = [cpu.compare(name, machine) for name in options.only or cpu.SIZES]
     print("| size | parameters | GFLOP a sample | predicted images/s | measured | ratio |")
-    print("|---|---|---|---|---|---|")
-    for r in rows:
+    print("|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for name in options.only or cpu.SIZES:
+        rows.append(r := cpu.compare(name, machine))
         print(
             f"| {r.name} | {r.parameters:,} | {r.gflop:.2f} | {r.predicted:.1f} | "
-            f"{r.measured:.1f} | {r.ratio:.2f} |"
+            f"{r.measured:.1f} | {r.ratio:.2f} |",
+            flush=True,
         )
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps([vars(r) | {"ratio": r.ratio} for r in rows], indent=1))

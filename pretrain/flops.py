@@ -45,8 +45,13 @@ def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
         config: the run; its engine.micro_batch says what a pass of the null prompt is shared by.
         vocab_size: of its tokenizer.
     """
-    run = AbstractRun(config, vocab_size)
-    n = config.engine.micro_batch
+    return flops_of(AbstractRun(config, vocab_size))
+
+
+def flops_of(run: AbstractRun) -> dict[str, float]:
+    """The same, of a run that stands on the meta device already. Afterwards none of its parameters
+    needs a gradient: it can be asked nothing else."""
+    n = run.config.engine.micro_batch
     learns = {name for name, p in run.task.named_parameters() if p.requires_grad}
     # torch's counter fails where a module answers with a view of a parameter that needs a gradient.
     run.task.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from pretrain import communication, opcost, plan, roofline
 from pretrain.abstract import DTYPES, AbstractRun
 from pretrain.communication import Collective, Sizes
 from pretrain.engine_config import accumulation
-from pretrain.flops import sample_flops
+from pretrain.flops import flops_of
 from pretrain.hardware import Accelerator
 from pretrain.model.autoencoder import DiffusersConfig
 from pretrain.opcost import Ops
@@ -45,54 +44,29 @@ class Workload:
     Args:
         config: the run.
         vocab_size: of its tokenizer.
+
+    Attributes:
+        counted: its parameters.
+        sizes: what its communication depends on.
+        ops: of a micro-batch's passes, recomputed ones as often as they run.
+        activations: of a micro-batch.
+        flops: of a training step for one sample, by component; without what is computed twice.
+        autoencoder: that runs beside, or None.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         self.config, self.vocab_size = config, vocab_size
-        self.counted = plan.count_parameters(config, vocab_size)
+        run = AbstractRun(config, vocab_size)
+        self.counted = plan.count(run)
+        self.sizes = _sizes(run, self.counted)
+        with opcost.recorded() as self.ops:
+            self.activations = plan.activations(run)
+        self.flops: Mapping[str, float] = flops_of(run)
         # Stored latents need none.
         self.autoencoder = None if config.data.encoded else _autoencoder(config)
-
-    @cached_property
-    def ops(self) -> Ops:
-        """Of a micro-batch's passes."""
-        run = AbstractRun(self.config, self.vocab_size)
-        return opcost.training_ops(run, self.config.engine.micro_batch)
-
-    @cached_property
-    def activations(self) -> plan.Activations:
-        """Of a micro-batch."""
-        return plan.activation_bytes(self.config, self.vocab_size)
-
-    @cached_property
-    def flops(self) -> Mapping[str, float]:
-        """Of a training step for one sample, by component; without what is computed twice."""
-        found = dict(sample_flops(self.config, self.vocab_size))
         if self.autoencoder is not None:
-            per_batch = opcost.flops(self.autoencoder.ops)
-            found["autoencoder"] = per_batch / self.config.engine.micro_batch
-        return found
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        """What its communication depends on."""
-        run = AbstractRun(self.config, self.vocab_size)
-        threshold = self.config.engine.persist_parameters
-        outside = self.counted.outside > 0
-
-        def gathered(name: str, module: nn.Module) -> bool:
-            own = module.parameters(recurse=False)
-            inside = not (outside and name.startswith("model.text_encoder"))
-            return inside and any(p.numel() > threshold for p in own)
-
-        contrasts = "alignment" in run.task.halves and "align" in self.config.objectives
-        return Sizes(
-            self.counted.total,
-            self.counted.frozen,
-            self.counted.persistent,
-            sum(gathered(name, module) for name, module in run.task.named_modules()),
-            self.config.model.text_encoder.query_dim if contrasts else 0,
-        )
+            encoding = opcost.flops(self.autoencoder.ops) / config.engine.micro_batch
+            self.flops = {**self.flops, "autoencoder": encoding}
 
 
 @dataclass(frozen=True)
@@ -261,6 +235,24 @@ def _about_network(gpu: Accelerator, nodes: int, ranks: int) -> tuple[str, ...]:
     )
 
 
+def _sizes(run: AbstractRun, counted: plan.Parameters) -> Sizes:
+    config, outside = run.config, run.config.model.text_encoder.frozen
+    threshold = config.engine.persist_parameters
+
+    def gathered(name: str, module: nn.Module) -> bool:
+        inside = not (outside and name.startswith("model.text_encoder"))
+        return inside and any(p.numel() > threshold for p in module.parameters(recurse=False))
+
+    contrasts = "alignment" in run.task.halves and "align" in config.objectives
+    return Sizes(
+        counted.total,
+        counted.frozen,
+        counted.persistent,
+        sum(gathered(name, module) for name, module in run.task.named_modules()),
+        config.model.text_encoder.query_dim if contrasts else 0,
+    )
+
+
 def _autoencoder(config: RunConfig) -> Frozen | None:
     chosen = config.model.autoencoder
     if not isinstance(chosen, DiffusersConfig):
@@ -291,11 +283,10 @@ def encoder_of(model: str, side: int, samples: int, precision: str) -> Frozen:
                 layers_per_block=2,
                 latent_channels=4,
             )
-        vae.to(DTYPES[precision])
+        nn.Module.to(
+            vae, DTYPES[precision]
+        )  # diffusers' own warns of what it keeps in fp32: nothing
         pixels = torch.zeros(samples, 3, side, side, dtype=DTYPES[precision])
-    with torch.no_grad():
-        with plan.LiveBytes() as live:
-            vae.encode(pixels)
-        with opcost.recorded() as ops:
-            vae.encode(pixels)
+    with torch.no_grad(), opcost.recorded() as ops, plan.LiveBytes() as live:
+        vae.encode(pixels)
     return Frozen(ops, sum(p.nbytes for p in vae.parameters()), live.peak)

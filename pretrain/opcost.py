@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.abstract import AbstractRun, fused_attention
+from pretrain.abstract import fused_attention
 
 Kind = Literal["matmul", "convolution", "convolution backward", "attention", "other"]
 
@@ -88,29 +88,6 @@ class Recorder(TorchDispatchMode):
         self.ops[Op(_KINDS.get(name, "other"), flops, nbytes)] += 1
 
 
-def training_ops(run: AbstractRun, samples: int) -> Ops:
-    """Operations of one micro-batch's forward and backward pass, recomputed ones as often as they
-    run; the optimizer's are not among them.
-
-    Args:
-        run: the task; its precision and recomputing count.
-        samples: of the micro-batch.
-    """
-    # As ZeRO does: a gradient leaves for its bucket as soon as it is there, and is not added to.
-    handles = [
-        p.register_post_accumulate_grad_hook(_drop)
-        for p in run.task.parameters()
-        if p.requires_grad
-    ]
-    try:
-        with recorded() as ops:
-            run.task(run.batch(samples)).loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ops
-
-
 @contextmanager
 def recorded() -> Iterator[Ops]:
     """The operations that run inside, on the meta device, attention being fused."""
@@ -141,7 +118,3 @@ def of_kinds(ops: Ops, kinds: Iterable[Kind]) -> Ops:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
-
-
-def _drop(parameter: torch.Tensor) -> None:
-    parameter.grad = None

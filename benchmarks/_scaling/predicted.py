@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pretrain import config, forecast, hardware, plan
-from pretrain.errors import ConfigError
 from pretrain.forecast import Forecast, Workload
 from pretrain.run_config import RunConfig
 
 PRESETS = ("base-256", "sd15-512", "xl-512")
-STAGES = {"ZeRO-3": (), "ZeRO-1": ("engine.zero_stage=1",)}
+STAGES = {"ZeRO-3": 3, "ZeRO-1": 1}
 GPU, PER_NODE = "h100", 8
 
 
@@ -26,9 +25,9 @@ class Point:
 
 
 @lru_cache
-def workload(preset: str, stage: str) -> Workload:
-    """Traced once; the global batch is set by the point."""
-    settings = config.load(RunConfig, f"configs/{preset}.yaml", list(STAGES[stage]))
+def workload(preset: str) -> Workload:
+    """Traced once: passes and activations are the same in each stage, at each batch."""
+    settings = config.load(RunConfig, f"configs/{preset}.yaml")
     return Workload(settings, plan.vocab_size(settings))
 
 
@@ -37,19 +36,19 @@ def points(ranks: tuple[int, ...]) -> list[Point]:
     a rank."""
     gpu, found = hardware.accelerator(GPU), []
     for preset in PRESETS:
-        for stage in STAGES:
-            traced = workload(preset, stage)
-            _ = traced.ops, traced.activations, traced.sizes  # kept by its copies
-            own = traced.config.training.global_batch
+        traced = workload(preset)
+        engine, training = traced.config.engine, traced.config.training
+        for name, stage in STAGES.items():
             for n in ranks:
-                batch = max(own, traced.config.engine.micro_batch * n)
-                training = traced.config.training.model_copy(update={"global_batch": batch})
+                batch = max(training.global_batch, engine.micro_batch * n)
                 work = copy.copy(traced)
-                work.config = traced.config.model_copy(update={"training": training})
+                work.config = traced.config.model_copy(
+                    update={
+                        "training": training.model_copy(update={"global_batch": batch}),
+                        "engine": engine.model_copy(update={"zero_stage": stage}),
+                    }
+                )
                 nodes = max(1, n // PER_NODE)
-                try:
-                    one = forecast.forecast(work, gpu, nodes, n // nodes)
-                except ConfigError:
-                    continue
-                found.append(Point(preset, stage, n, batch, one))
+                one = forecast.forecast(work, gpu, nodes, n // nodes)
+                found.append(Point(preset, name, n, batch, one))
     return found

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain import config as configs
-from pretrain import flops, opcost
+from pretrain import flops, opcost, plan
 from pretrain.abstract import AbstractRun
 from pretrain.opcost import Op, recorded
 from pretrain.run_config import RunConfig
@@ -68,10 +68,16 @@ def load(*overrides: str) -> RunConfig:
     return configs.load(RunConfig, "configs/debug.yaml", list(overrides))
 
 
+def training_ops(config: RunConfig) -> opcost.Ops:
+    with recorded() as ops:
+        plan.activations(AbstractRun(config, VOCABULARY))
+    return ops
+
+
 def test_a_training_step_has_the_operations_that_the_other_counter_finds() -> None:
     config = load()
     n = config.engine.micro_batch
-    ops = opcost.training_ops(AbstractRun(config, VOCABULARY), n)
+    ops = training_ops(config)
     assert opcost.calls(ops) > 100 and opcost.nbytes(ops) > 1e6
     planned = sum(flops.sample_flops(config, VOCABULARY).values()) * n
     # The rest: the first layers' inputs need no gradient; attention computes its matrix again.
@@ -79,6 +85,7 @@ def test_a_training_step_has_the_operations_that_the_other_counter_finds() -> No
 
 
 def test_recomputation_is_counted_as_often_as_it_runs() -> None:
-    runs = [AbstractRun(load(f"engine.activation_checkpointing={on}"), VOCABULARY) for on in (0, 1)]
-    once, again = (opcost.flops(opcost.training_ops(run, 8)) for run in runs)
+    once, again = (
+        opcost.flops(training_ops(load(f"engine.activation_checkpointing={on}"))) for on in (0, 1)
+    )
     assert 1.2 * once < again < 1.4 * once  # a forward pass is a third
