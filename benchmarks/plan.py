@@ -38,7 +38,9 @@ def main() -> int:
     print(
         "  bandwidth            " + "  ".join(f"{r / 1e9:6.1f} GB/s" for _, r in machine.bandwidth)
     )
-    print(f"  least of a call      {1e6 * machine.call_seconds:6.1f} us\n")
+    print(f"  least of a call      {1e6 * machine.call_seconds:6.1f} us")
+    machine = cpu.calibrated(machine)
+    print(f"share of the bound that a probe reaches: {machine.reached:.2f}\n")
     print("| size | parameters | GFLOP a sample | predicted images/s | measured | ratio |")
     print("|---|---|---|---|---|---|", flush=True)
     rows = []

@@ -63,8 +63,8 @@ class Sizes:
 def step_collectives(
     sizes: Sizes, config: EngineConfig, ranks: int, micro_steps: int
 ) -> tuple[Collective, ...]:
-    """The collectives of one optimizer step; none on one rank. Checked against the calls of real
-    ranks (tests/distributed/test_communication.py).
+    """The collectives of one optimizer step; none on one rank. By ZeRO's arithmetic: not yet held
+    against the calls of real ranks.
 
     Stage 3 gathers a micro-batch's weights once if they stay from the forward to the backward pass
     (``live_parameters``), else for each use; it reduces each micro-batch's gradients, as stage 2

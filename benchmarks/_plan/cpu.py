@@ -26,6 +26,14 @@ from pretrain.types import Batch
 
 PRESET = "configs/quickstart.yaml"
 COMMON = ("ema.half_lives=[2000]", "engine.zero_stage=0", "training.mfu=false")
+# Sets the share of the bound that training reaches, as one published run does for GPUs.
+PROBE = (
+    "model.unet={channels: [48, 96], attention: [true, true], layers: 1, head_dim: 48, "
+    "norm_groups: 16}",
+    "model.text_encoder={width: 96, query_dim: 96, layers: 2, heads: 2, length: 20}",
+    "engine.micro_batch=16",
+    "training.global_batch=16",
+)
 SIZES: dict[str, tuple[str, ...]] = {
     "small": (
         "model.unet={channels: [32, 64], attention: [false, true], layers: 1, head_dim: 32, "
@@ -62,9 +70,15 @@ class Compared:
         return self.predicted / self.measured
 
 
+def calibrated(machine: Machine) -> Machine:
+    """``machine`` with the share of its bound that a network reaches which is none of `SIZES`."""
+    probe = compare("probe", machine)
+    return dataclasses.replace(machine, reached=1 / probe.ratio)
+
+
 def compare(name: str, machine: Machine) -> Compared:
     """Predict a size on ``machine``, and run it."""
-    config = configs.load(RunConfig, PRESET, [*COMMON, *SIZES[name]])
+    config = configs.load(RunConfig, PRESET, [*COMMON, *(SIZES | {"probe": PROBE})[name]])
     tokenizer = Tokenizer(config.data.tokenizer)
     work = forecast.Workload(config, tokenizer.vocab_size)
     found = forecast.on_machine(work, machine)
