@@ -207,7 +207,10 @@ def draw(found: dict[str, list[Any]], out: Path) -> bool:
         axes.plot(x, [p.found.images_per_second for p in of_line], "o-", ms=3, label=label, **style)
         memory.plot(x, [p.found.device_bytes / 1e9 for p in of_line], "o-", ms=3, **style)
     memory.axhline(80, color="grey", lw=0.8)
-    axes.legend(frameon=False, fontsize=7)
+    if lines:
+        axes.legend(frameon=False, fontsize=7)
+    else:
+        axes.set_visible(False), memory.set_visible(False)
     axes = panel((0, 2), "checkpoint (measured: real code)", "ranks", "")
     c = found["checkpoints"]
     x = [p.ranks for p in c]

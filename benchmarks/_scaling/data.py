@@ -80,6 +80,7 @@ def held(shards: int) -> Held:
         "version": [f"{n:032x}" for n in range(shards)],
         "samples": sizes.tolist(),
         "bytes": [int(b) for b in nbytes],
+        "unpacked": [int(b) for b in nbytes],
         "aspects": [()] * shards,
     }
     with tempfile.TemporaryDirectory() as root:
