@@ -86,6 +86,28 @@ def templates_of(
     return templates
 
 
+def scored(
+    evaluator: str, name: str, data: EvalSet, found: Classified, templates: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The metrics of a set, with chance beside them, and its details for the report."""
+    accuracies = per_class(found.rank_N < 1, data.labels_N, len(data.classes))
+    known = [a for a in accuracies if a is not None]
+    metrics = {
+        f"{evaluator}/{name}/top1": within(found.rank_N, 1),
+        f"{evaluator}/{name}/top5": within(found.rank_N, 5),
+        f"{evaluator}/{name}/mean_per_class": sum(known) / len(known),
+        f"{evaluator}/{name}/chance": 1 / len(data.classes),
+    }
+    details = {
+        "metric": data.config.metric or "top1",
+        "templates": list(templates),
+        "classes": list(data.classes),
+        "confusion": confusion(data.labels_N, found.predicted_N, len(data.classes)),
+        "per_class": accuracies,
+    }
+    return metrics, details
+
+
 class ZeroShot:
     """Top-1, top-5 and the mean of per-class accuracies over each set's own classes, with chance
     beside them."""
@@ -111,24 +133,11 @@ class ZeroShot:
                 rows_NE = rows_NE[order]
             classes_KE = embed_texts(subject, prompts_of(data.classes, templates), len(templates))
             found = classify(rows_NE, classes_KE, data.labels_N)
-            accuracies = per_class(found.rank_N < 1, data.labels_N, len(data.classes))
-            known = [a for a in accuracies if a is not None]
-            metrics |= {
-                f"zero_shot/{name}/top1": within(found.rank_N, 1),
-                f"zero_shot/{name}/top5": within(found.rank_N, 5),
-                f"zero_shot/{name}/mean_per_class": sum(known) / len(known),
-                f"zero_shot/{name}/chance": 1 / len(data.classes),
-                **embedded.cost(name),
-            }
+            numbers, told = scored("zero_shot", name, data, found, templates)
+            metrics |= {**numbers, **embedded.cost(name)}
             if subject.rank == 0:
-                details[name] = {
-                    "metric": data.config.metric or "top1",
-                    "templates": list(templates),
-                    "classes": list(data.classes),
-                    "confusion": confusion(data.labels_N, found.predicted_N, len(data.classes)),
-                    "per_class": accuracies,
-                    "examples": self._examples(data, found, rows_NE, classes_KE),
-                }
+                examples = self._examples(data, found, rows_NE, classes_KE)
+                details[name] = told | {"examples": examples}
         return Result(metrics, details=details_of(subject, details))
 
     def _examples(

@@ -9,11 +9,11 @@ from torch import Tensor
 from pretrain.data.evalset import EvalSet
 from pretrain.data.loader import DataConfig
 from pretrain.evaluators._embed import CHUNK, embed_texts
-from pretrain.evaluators._metrics import classify, confusion, per_class, within
+from pretrain.evaluators._metrics import classify
 from pretrain.evaluators._sets import details_of, open_sets
 from pretrain.evaluators.base import Evaluator, EvaluatorConfig, Result, Subject, share, together
 from pretrain.evaluators.zero_shot import Settings as ZeroShotSettings
-from pretrain.evaluators.zero_shot import prompts_of, templates_of
+from pretrain.evaluators.zero_shot import prompts_of, scored, templates_of
 from pretrain.objectives import _dcd_inference as dcd
 from pretrain.rng import generator
 
@@ -48,21 +48,8 @@ class ZeroShotEnergy:
                 scores_NC = scores_NC[order]
             # The inner products of scores with the identity are the scores.
             found = classify(scores_NC, torch.eye(len(data.classes)), data.labels_N)
-            accuracies = per_class(found.rank_N < 1, data.labels_N, len(data.classes))
-            known = [a for a in accuracies if a is not None]
-            metrics |= {
-                f"zero_shot_energy/{name}/top1": within(found.rank_N, 1),
-                f"zero_shot_energy/{name}/top5": within(found.rank_N, 5),
-                f"zero_shot_energy/{name}/mean_per_class": sum(known) / len(known),
-                f"zero_shot_energy/{name}/chance": 1 / len(data.classes),
-            }
-            details[name] = {
-                "metric": data.config.metric or "top1",
-                "templates": list(templates),
-                "classes": list(data.classes),
-                "confusion": confusion(data.labels_N, found.predicted_N, len(data.classes)),
-                "per_class": accuracies,
-            }
+            numbers, details[name] = scored("zero_shot_energy", name, data, found, templates)
+            metrics |= numbers
         return Result(metrics, details=details_of(subject, details))
 
     def _energies(self, subject: Subject, data: EvalSet, classes_CE: Tensor) -> Tensor:

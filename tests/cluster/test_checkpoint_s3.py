@@ -55,6 +55,7 @@ def wait_until_copied(s3: S3Server, folder: str, samples: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.soak  # a storm, and being down at the start, are below
 def test_down_in_mid_run_and_back_again_then_resumed_from_s3_alone(
     s3: S3Server, proxy: FaultProxy, tmp_path: Path
 ) -> None:

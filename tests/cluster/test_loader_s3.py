@@ -55,7 +55,7 @@ def hashes(url: str, read: ReadConfig) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("access", ["shard", "ranged"])
+@pytest.mark.parametrize("access", ["ranged", pytest.param("shard", marks=pytest.mark.soak)])
 def test_every_sample_arrives_through_a_storm_with_its_own_bytes(
     proxy: FaultProxy, shards: Sequence[tuple[str, str]], tmp_path: Path, access: str
 ) -> None:

@@ -44,6 +44,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
 NAMES = plugins.names(PACKAGE)
 # (objective, which of its cases; 0 is its defaults)
 EVERY = [(name, n) for name in NAMES for n in range(1 + len(CASES.get(name, [])))]
+# The defaults of each always; the others are soak runs.
+PARAMETERS = [
+    pytest.param(case, id=f"{case[0]}-{case[1]}", marks=[pytest.mark.soak] if case[1] else [])
+    for case in EVERY
+]
 
 
 def settings_of(name: str, case: int) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def task(name: str, case: int) -> PretrainTask:
     return tiny.task(others | {name: settings_of(name, case)}, unet=tiny.ONE_LEVEL)
 
 
-def train() -> dict[tuple[str, int], dict[str, Any]]:
+def train(cases: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
     """Runs on each rank: losses (means over ranks) and gathered weights of each case."""
     from pretrain import comm
     from pretrain.engine import Engine, init_distributed
@@ -72,7 +77,7 @@ def train() -> dict[tuple[str, int], dict[str, Any]]:
     init_distributed()
     mine = GLOBAL_BATCH // comm.world_size()
     found = {}
-    for case in EVERY:
+    for case in cases:
         config = EngineConfig(
             micro_batch=mine,
             persist_parameters=0,
@@ -110,11 +115,14 @@ def train_plainly(case: tuple[str, int]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict[tuple[str, int], dict[str, Any]]]:
-    return ranks.run(f"{__name__}:train", 2, timeout=280)
+def two_ranks(request: pytest.FixtureRequest) -> list[dict[tuple[str, int], dict[str, Any]]]:
+    """One start of two ranks for every case that was asked for."""
+    here = [item for item in request.session.items if item.path == request.path]
+    cases = [item.callspec.params["case"] for item in here if isinstance(item, pytest.Function)]
+    return ranks.run(f"{__name__}:train", 2, cases, timeout=280)
 
 
-@pytest.mark.parametrize("case", EVERY, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_two_ranks_follow_a_plain_loop(two_ranks, case) -> None:
     plain = train_plainly(case)
     # In the sum, a term's own rounding is multiplied by its weight.

@@ -82,7 +82,7 @@ KILLED = [("forward", 1, 64), ("write", 0, 96), ("write", 1, 96), ("evaluate", 1
 
 
 @pytest.mark.parametrize(
-    "places", [KILLED[:2], pytest.param(KILLED, marks=pytest.mark.soak)], ids=["two", "all"]
+    "places", [KILLED[1:2], pytest.param(KILLED, marks=pytest.mark.soak)], ids=["one", "all"]
 )
 def test_sigkill_of_a_rank(reference, run, places):
     """In mid-step, in the thread that writes a checkpoint, in an evaluation."""
@@ -99,9 +99,9 @@ def test_sigkill_of_a_rank(reference, run, places):
     assert attempts[-1].codes() == [0, 0], attempts[-1].text()
     began = [a.diary()[0]["samples"] for a in attempts]
     # Killed between its files and its receipt, a rank leaves 96 uncommitted.
-    assert began[:3] == [0, 48, 48], began
+    assert began[:2] == [0, 48], began
     if places == KILLED:  # at last it may or may not be in time for the evaluation at 112
-        assert began[3] == 48 and began[4] in (48, 96), began
+        assert began[2:4] == [48, 48] and began[4] in (48, 96), began
     equals(reference, attempts)
 
 
@@ -119,8 +119,8 @@ STOPS = [
 
 @pytest.mark.parametrize(
     "phases",
-    [[STOPS[n] for n in (2, 4, 5)], pytest.param(STOPS, marks=pytest.mark.soak)],
-    ids=["three", "all"],
+    [[STOPS[4]], pytest.param(STOPS, marks=pytest.mark.soak)],
+    ids=["one", "all"],
 )
 def test_sigterm_and_sigusr1_in_each_phase(reference, run, phases):
     """One run stopped in each phase, with a loader's worker: every time all ranks end with 75 and
@@ -223,6 +223,7 @@ def output(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+@pytest.mark.soak
 def test_sigterm_in_the_import_sigkill_of_a_rank_and_of_the_launcher(reference, output):
     """Under `python -m launcher local`, three times in a row."""
     text = output.with_suffix(".log")
@@ -406,6 +407,7 @@ def fill(disk: Path) -> Path:
     return path
 
 
+@pytest.mark.soak
 def test_full_disk(reference, small_disk):
     """In mid-run a warning, and the next checkpoint is written; at the end an error, and the
     checkpoint before is taken up."""
@@ -444,6 +446,7 @@ GUARD = ("guard={least: 4, window: 8, spike_z: 12.0, bad_steps: 2, skip_before: 
 NAN, SPIKE = float("nan"), 1000.0
 
 
+@pytest.mark.soak
 def test_spike_nan_and_a_run_of_bad_steps(run, tmp_path):
     """A spike, one NaN sample, two bad steps in a row: what is left out is recorded, and the end is
     that of a run which never saw those samples."""

@@ -3,6 +3,7 @@
 from pretrain import ops
 
 ops.choose_accelerator()
+ops.import_deepspeed()
 
 import deepspeed  # noqa: E402
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402  (brings torch._dynamo)

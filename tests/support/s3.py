@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,17 @@ class S3Server:
 
     Args:
         folder: for its data; empty.
+        address: to listen on, and to be reached at.
+        within: a command's prefix, as of a network namespace.
     """
 
     BUCKET = "bucket"
     START_SECONDS = 60
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, address: str = "127.0.0.1", within: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.address, self.within = folder, address, within
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._client: Any = None
@@ -64,7 +69,7 @@ class S3Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def __enter__(self) -> "S3Server":
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -80,7 +85,8 @@ class S3Server:
         with open(self.folder / "weed.log", "wb") as log:
             self._process = subprocess.Popen(
                 [
-                    *("weed", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+                    *(*self.within, "weed", "server"),
+                    *(f"-ip={self.address}", f"-ip.bind={self.address}"),
                     *(f"-dir={self.folder}", "-filer", "-s3", f"-s3.config={config}"),
                     *("-master.volumeSizeLimitMB=256", "-volume.max=8"),
                     *("-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *flags),

@@ -108,9 +108,11 @@ def test_a_rank_starts_past_a_stale_lock_without_a_compiler(
     (cache / "deepspeed_shm_comm").mkdir(parents=True)
     (cache / "deepspeed_shm_comm" / "lock").touch()
     code = """
+import importlib.util, sys
 import torch
 from pretrain import ops
 ops.prepare()
+assert "mlflow" not in sys.modules and importlib.util.find_spec("mlflow")
 import deepspeed
 deepspeed.init_distributed("gloo")
 ones = torch.ones(3)

@@ -232,7 +232,7 @@ def test_verify_finds_one_damaged_byte(tmp_path: Path, capsys: pytest.CaptureFix
     assert shard.name in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # test_every_committed_sample_is_whole compares hashes
 def test_the_corpus_is_rebuilt_from_npm_to_the_byte(
     tmp_path: Path, require_programs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
