@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from pretrain import hub
 from pretrain.config import Config
+from pretrain.errors import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Autoencoder(Protocol):
@@ -45,12 +49,17 @@ class DiffusersConfig(Config):
         path: a folder, or a hub name that the machine can reach.
         model: the diffusers class.
         subfolder: where in the folder it lies; "vae" in a pipeline folder.
+        precision: in which it is held and computes.
+        channels, factor: of its latents; checked against the files.
     """
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
     model: Literal["AutoencoderKL", "AutoencoderTiny"] = "AutoencoderKL"
     subfolder: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels: int = Field(4, ge=1)
+    factor: int = Field(8, ge=1)
 
 
 AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discriminator="kind")]
@@ -72,18 +81,38 @@ class SpaceToDepth:
 
 
 class Diffusers:
-    """AutoencoderKL or AutoencoderTiny, frozen; latents are scaled by the model's own factor."""
+    """AutoencoderKL or AutoencoderTiny, frozen; latents are scaled by the model's own factor.
+
+    Raises:
+        ConfigError: the folder holds no such autoencoder, or one of other latents.
+    """
 
     def __init__(self, config: DiffusersConfig) -> None:
         import diffusers
 
-        vae: Any = getattr(diffusers, config.model).from_pretrained(
-            config.path, subfolder=config.subfolder
-        )
+        field = "model.autoencoder"
+        folder = hub.folder(f"{field}.path", config.path, config.subfolder)
+        try:
+            vae: Any = getattr(diffusers, config.model).from_pretrained(
+                folder, torch_dtype=_DTYPES[config.precision], local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{field}.path={str(folder)!r} cannot be loaded as {config.model} ({why}); give "
+                f"the folder of one (subfolder: vae in a pipeline folder), or set {field}.model"
+            ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.channels = int(vae.config.latent_channels)
         self.factor = 2 ** (len(getattr(vae.config, "block_out_channels", [0] * 4)) - 1)
         self.scale = float(vae.config.scaling_factor)
+        for name in ("channels", "factor"):
+            given, own = getattr(config, name), getattr(self, name)
+            if given != own:
+                raise ConfigError(
+                    f"{field}.{name}={given}, but the autoencoder in path={str(folder)!r} has "
+                    f"{own}; set {field}.{name}: {own}"
+                )
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:

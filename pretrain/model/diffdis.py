@@ -1,9 +1,12 @@
 """DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training
 pass."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -11,19 +14,42 @@ from pretrain.diffusion.path import StreamConfig, build_path
 from pretrain.model.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
+    Diffusers,
+    DiffusersConfig,
     SpaceToDepthConfig,
     build_autoencoder,
 )
 from pretrain.model.dual_stream import DualStreamUNet
+from pretrain.model.text_config import AnyTextConfig, TextEncoderConfig, with_kind
 from pretrain.model.text_encoder import (
     PREFIX,
+    AnyTextEncoder,
     FrozenTextEncoder,
-    TextEncoderConfig,
     build_text_encoder,
 )
 from pretrain.model.text_stream import TextStreamConfig
+from pretrain.model.transformers_text import FrozenTransformers, TransformersTextEncoder
 from pretrain.model.unet import UNetConfig
 from pretrain.types import ModelOutput, Noised, TextFeatures
+
+EXPORTED_AUTOENCODER = "vae"  # its folder in that of an exported model
+
+
+class InitConfig(Config):
+    """Where the image stream's weights come from, before the first step.
+
+    Attributes:
+        path: a folder in diffusers' layout, or a hub name that the machine can reach.
+        subfolder: where in it the U-Net lies; null: in ``path`` itself.
+        variant: of the files' names, such as "fp16" or "non_ema".
+        scheduler: where in it the scheduler's configuration lies, with which ``image_path`` must
+            agree; null: it is not looked at.
+    """
+
+    path: str = Field(min_length=1)
+    subfolder: str | None = "unet"
+    variant: str | None = None
+    scheduler: str | None = "scheduler"
 
 
 class ModelConfig(Config):
@@ -31,6 +57,7 @@ class ModelConfig(Config):
 
     Attributes:
         image_size: pixels on a side.
+        init: pretrained weights of the image stream; None: it starts from random ones.
         autoencoder: pixels to latents.
         unet, text_encoder, text_stream: the parts.
         image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for
@@ -39,33 +66,51 @@ class ModelConfig(Config):
     """
 
     image_size: int = 32
+    init: InitConfig | None = None
     autoencoder: AutoencoderConfig = SpaceToDepthConfig()
     unet: UNetConfig = UNetConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    text_encoder: AnyTextConfig = TextEncoderConfig()
     text_stream: TextStreamConfig = TextStreamConfig()
     image_path: StreamConfig = StreamConfig()
     text_path: StreamConfig = StreamConfig(predict="x0")
 
+    @field_validator("text_encoder", mode="before")
+    @classmethod
+    def _with_kind(cls, tree: Any) -> Any:
+        return with_kind(tree)
+
     @property
-    def size_multiple(self) -> int | None:
-        """What the sides of a picture must be multiples of; None where the autoencoder's files
-        would have to be opened to know."""
-        if not isinstance(self.autoencoder, SpaceToDepthConfig):
-            return None
+    def size_multiple(self) -> int:
+        """What the sides of a picture must be multiples of."""
         return self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
+
+    def exact(self) -> "ModelConfig":
+        """The same model with its frozen parts in fp32, as inference and exports have them."""
+        parts = {n: getattr(self, n) for n in ("autoencoder", "text_encoder")}
+        changed = {
+            n: part.model_copy(update={"precision": "fp32"})
+            for n, part in parts.items()
+            if hasattr(part, "precision")
+        }
+        return self.model_copy(update=changed)
+
+    def within(self, folder: Path) -> "ModelConfig":
+        """The same model, with an autoencoder that lies in its own exported ``folder``."""
+        part = self.autoencoder
+        if isinstance(part, DiffusersConfig) and part.path == EXPORTED_AUTOENCODER:
+            part = part.model_copy(update={"path": str(folder / part.path)})
+        return self.model_copy(update={"autoencoder": part})
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if isinstance(self.autoencoder, SpaceToDepthConfig):
-            levels = 2 ** (len(self.unet.channels) - 1)
-            step = self.autoencoder.factor * levels
-            if self.image_size % step:
-                raise ValueError(
-                    f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
-                    f"{self.autoencoder.factor} × {levels} for {len(self.unet.channels)} unet "
-                    "levels); "
-                    f"try {max(step, self.image_size // step * step)}"
-                )
+        step = self.size_multiple
+        if self.image_size % step:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
+                f"{self.autoencoder.factor} × {step // self.autoencoder.factor} for "
+                f"{len(self.unet.channels)} unet levels); "
+                f"try {max(step, self.image_size // step * step)}"
+            )
         return self
 
 
@@ -76,7 +121,7 @@ class DiffDis(nn.Module):
         config: its definition.
         vocab_size: of the tokenizer it is trained with.
         null_tokens_L, null_mask_L: the empty prompt, tokenised; it is the condition "no caption".
-        autoencoder: given where it was loaded already; else built from ``config``.
+        autoencoder, text_encoder: given where they were loaded already; else built from ``config``.
     """
 
     null_tokens_L: Tensor
@@ -89,6 +134,7 @@ class DiffDis(nn.Module):
         null_tokens_L: Tensor,
         null_mask_L: Tensor,
         autoencoder: Autoencoder | None = None,
+        text_encoder: AnyTextEncoder | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -97,7 +143,7 @@ class DiffDis(nn.Module):
         self.image_path = build_path(config.image_path)
         self.text_path = build_path(config.text_path)
         # No submodule where it is frozen, for the same reason.
-        self.text_encoder = build_text_encoder(config.text_encoder, vocab_size)
+        self.text_encoder = text_encoder or build_text_encoder(config.text_encoder, vocab_size)
         self.trunk = DualStreamUNet(
             config.unet,
             config.text_stream,
@@ -121,21 +167,32 @@ class DiffDis(nn.Module):
         return (self.autoencoder.channels, side, side)
 
     @property
-    def frozen_text_encoder(self) -> FrozenTextEncoder | None:
+    def frozen_text_encoder(self) -> FrozenTextEncoder | FrozenTransformers | None:
         """The text encoder where it is frozen."""
         encoder = self.text_encoder
-        return encoder if isinstance(encoder, FrozenTextEncoder) else None
+        return encoder if isinstance(encoder, FrozenTextEncoder | FrozenTransformers) else None
 
     def portable(self) -> tuple[ModelConfig, dict[str, Tensor]]:
         """Definition and weights that stand on their own: those of a frozen text encoder are among
-        them, so that nobody needs the folder they came from."""
+        them, and nobody needs the folders they came from."""
         weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        frozen = self.frozen_text_encoder
-        if frozen is None:
-            return self.config, weights
-        own = {PREFIX + name: p for name, p in frozen.encoder.named_parameters()}
-        text = self.config.text_encoder.model_copy(update={"frozen_from": None})
-        return self.config.model_copy(update={"text_encoder": text}), weights | own
+        frozen, text = self.frozen_text_encoder, self.config.text_encoder
+        if frozen is not None:
+            own = {PREFIX + name: p.float() for name, p in frozen.encoder.named_parameters()}
+            text, weights = frozen.portable(), weights | own
+        elif isinstance(self.text_encoder, TransformersTextEncoder):
+            text = self.text_encoder.portable()
+        changed: dict[str, Any] = {"text_encoder": text, "init": None}
+        image = self.config.autoencoder
+        if isinstance(image, DiffusersConfig):
+            place = {"path": EXPORTED_AUTOENCODER, "subfolder": None, "precision": "fp32"}
+            changed["autoencoder"] = image.model_copy(update=place)
+        return self.config.model_copy(update=changed), weights
+
+    def save_autoencoder(self, folder: Path) -> None:
+        """Put a pretrained autoencoder where `portable`'s definition has it in ``folder``."""
+        if isinstance(self.autoencoder, Diffusers):
+            self.autoencoder.vae.save_pretrained(folder / EXPORTED_AUTOENCODER)
 
     @property
     def dtype(self) -> torch.dtype:
