@@ -128,17 +128,24 @@ def _read(url: str) -> str:
     return url
 
 
+def _of_mlflow(name: str) -> str:
+    """A credential as the trainer will find it: in a file that a variable names, or a variable."""
+    variable = f"MLFLOW_TRACKING_{name}"
+    path = os.environ.get(f"{variable}_FILE")
+    return Path(path).read_text().strip() if path else os.environ.get(variable, "")
+
+
 def _mlflow(uri: str | None) -> str:
     """Asks the server for one experiment, with the credentials that MLflow's client would use."""
     if not uri or not uri.startswith("http"):
         return "no server"
     headers = {"Content-Type": "application/json"}
-    token, user = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("TOKEN", "USERNAME"))
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    elif user:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+    user, password, token = map(_of_mlflow, ("USERNAME", "PASSWORD", "TOKEN"))
+    if user and password:
+        pair = f"{user}:{password}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    elif token:
+        headers["Authorization"] = f"Bearer {token}"
     url = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
     body = json.dumps({"max_results": 1}).encode()
     asked = urllib.request.Request(url, body, headers)

@@ -38,27 +38,33 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 _KEY = "pretrain.journal"  # the tag by which a run is found again whose id was never written down
 _POLL_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 10.0
+_RESPAWN_SECONDS = 60.0  # at least, between two starts of a sender that dies
 
 
 class Sender:
     """Sends one journal to one server, in order, remembering after each batch how far it came.
 
     What was acknowledged is not sent again. A batch whose acknowledgement was lost is, and MLflow
-    stores equal metrics, parameters and tags once.
+    stores equal metrics, parameters and tags once. Artifacts come after the other events of their
+    batch, and are owed until they are sent: no metric waits for an object store.
     """
 
     def __init__(self, output: str, uri: str) -> None:
         self.uri = uri
         self.folder = journal.folder(output)
         self.reader = JournalReader(self.folder / "events.jsonl")
-        self.run_id, self.sent = _progress(self.folder, uri)
+        self.run_id, self.sent, owed = _progress(self.folder, uri)
         self.ended = False  # the last event read was `finish`
         self._pending: list[Event] = []
+        self._owed: dict[int, Event] = {}
+        if owed:
+            events = JournalReader(self.reader.path).read()
+            self._owed = {event.sequence: event for event in events if event.sequence in owed}
         self._client: Any = None
         self._params: set[str] = set()
 
     def step(self) -> int:
-        """Send up to a batch of events; the number sent.
+        """Send up to a batch of events, then artifacts that are owed; the number sent.
 
         Raises:
             Exception: whatever MLflow raised; the next call goes on with what was not acknowledged.
@@ -77,10 +83,27 @@ class Sender:
                 kind == "metrics" and same < len(self._pending) and self._pending[same].kind == kind
             ):
                 same += 1
-            self._send(self._pending[:same])
-            self._acknowledge(self._pending[same - 1])
+            if kind == "artifact":
+                self._owed[self._pending[0].sequence] = self._pending[0]
+            else:
+                self._send(self._pending[:same])
+            self.sent = self._pending[same - 1].sequence
+            self._acknowledge()
             del self._pending[:same]
+        for sequence in list(self._owed):
+            event = self._owed.pop(sequence)
+            self._owed[sequence] = event  # the last in turn, should it fail
+            self._send([event])
+            del self._owed[sequence]
+            self._acknowledge()
+            count += 1
         return count
+
+    @property
+    def unsent(self) -> int:
+        """Events of the journal, as it is now, that are not sent."""
+        events = JournalReader(self.reader.path).read()
+        return sum(event.sequence > self.sent for event in events) + len(self._owed)
 
     def _send(self, events: Sequence[Event]) -> None:
         """Send events of one kind; one that the server refuses is dropped with a warning."""
@@ -92,6 +115,10 @@ class Sender:
         except MlflowException as error:
             if error.error_code not in _REFUSALS:
                 raise
+            if client.get_run(self.run_id).info.lifecycle_stage != "active":
+                raise RuntimeError(
+                    f"MLflow run {self.run_id} was deleted; restore it there, and all is sent"
+                ) from error
             if len(events) > 1:
                 for event in events:
                     self._send([event])
@@ -155,7 +182,7 @@ class Sender:
         start = next(e for e in JournalReader(self.reader.path).read() if e.kind == "start")
         info = start.payload
         experiment = mlflow_env.experiment_id(client, self.uri, info["experiment"])
-        key = f"{info['output']}@{start.time}"
+        key = info.get("id") or f"{info['output']}@{start.time}"
         # A sender that died between making the run and writing its id left it under this tag.
         quoted = key.replace("'", "_")
         found = client.search_runs([experiment], f"tags.`{_KEY}` = '{quoted}'", max_results=1)
@@ -172,9 +199,9 @@ class Sender:
         self._write("run.json", {"run_id": run_id, "uri": mlflow_env.public(self.uri)})
         return run_id
 
-    def _acknowledge(self, event: Event) -> None:
-        self.sent = event.sequence
-        self._write("sent.json", {"sequence": self.sent})
+    def _acknowledge(self) -> None:
+        owed = {"owed": sorted(self._owed)} if self._owed else {}
+        self._write("sent.json", {"sequence": self.sent, **owed})
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         storage.write_bytes(str(self.folder / name), json.dumps(content).encode())
@@ -195,11 +222,19 @@ class MlflowTracker(Journal):
         self.drain_seconds = drain_seconds
         self.unsent = 0
         self._child: subprocess.Popen[bytes] | None = None
+        self._spawned = 0.0
 
     def start(self, run: RunInfo) -> None:
         """Begin or go on with the run; the sender starts beside it."""
         super().start(run)
         self._child = self._spawn()
+
+    def metrics(self, metrics: Mapping[str, float], samples: int) -> None:
+        """Write scalars; a sender that somebody killed is started again."""
+        super().metrics(metrics, samples)
+        dead = self._child is not None and self._child.poll() is not None
+        if dead and time.monotonic() - self._spawned > _RESPAWN_SECONDS:
+            self._child = self._spawn()
 
     def finish(self, status: Status) -> None:
         """End the run, wait for the sender, and say how many events it has left."""
@@ -211,7 +246,8 @@ class MlflowTracker(Journal):
         except subprocess.TimeoutExpired:
             self._child.terminate()
             self._child.wait()
-        self.unsent = self.sequence - _progress(self.folder, self.uri)[1]
+        _, sent, owed = _progress(self.folder, self.uri)
+        self.unsent = self.sequence - sent + len(owed)
         if self.unsent:
             _log.warning(
                 "%d of %d events have not reached MLflow at %s; they are kept in %s: "
@@ -229,6 +265,7 @@ class MlflowTracker(Journal):
         package_parent = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "pretrain.tracking", str(self.folder.parent)]
+        self._spawned = time.monotonic()
         return subprocess.Popen(
             [*command, "--parent", str(os.getpid()), "--patience", str(self.drain_seconds)],
             env={**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": self.uri},
@@ -274,16 +311,20 @@ def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> 
     with (folder / "sender.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed run's sender may still be at it
         sender = Sender(output, uri)
+
+        def step() -> int:
+            mlflow_env.read_credentials()  # they may have changed since the last try
+            return sender.step()
+
         try:
             while True:
                 last_look = over()  # before the step: what was written until now is sent
-                if retry(sender.step) == 0:
+                if retry(step) == 0:
                     if sender.ended or last_look:
                         return 0
                     time.sleep(_POLL_SECONDS)
         except tenacity.RetryError:
-            events = JournalReader(sender.reader.path).read()
-            return sum(event.sequence > sender.sent for event in events)
+            return sender.unsent
 
 
 def main() -> int:
@@ -318,12 +359,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _progress(folder: Path, uri: str) -> tuple[str | None, int]:
-    """The run's id at this server and the last sequence number it acknowledged.
+def _progress(folder: Path, uri: str) -> tuple[str | None, int, list[int]]:
+    """The run's id at this server, the last sequence number it acknowledged, and those of earlier
+    artifacts that it has not.
 
     Another server knows nothing of what this one was sent.
     """
     run = read_run(folder)
     if run.get("uri") != mlflow_env.public(uri):
-        return None, 0
-    return run["run_id"], int(_read_json(folder / "sent.json").get("sequence", 0))
+        return None, 0, []
+    sent = _read_json(folder / "sent.json")
+    return run["run_id"], int(sent.get("sequence", 0)), list(sent.get("owed", []))
