@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
         "errors config plugins remote storage comm types rng ops progress mlflow_env "
-        "stop watchdog sentinel profiling distances page/ pipeline_files/",
+        "mlflow_server "
+        "stop watchdog sentinel profiling node_metrics distances page/ pipeline_files/",
         "data/ diffusion/ model/ features/",
         "objectives/",
         "task ema inference weights classifier diffusers_folder",

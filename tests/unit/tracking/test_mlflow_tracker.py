@@ -13,7 +13,8 @@ from pretrain import mlflow_env, tracking
 from pretrain.errors import ConfigError
 from pretrain.tracking import NullTracker, TrackingConfig
 from pretrain.tracking.journal import Journal, JournalReader
-from pretrain.tracking.mlflow_tracker import MlflowTracker, Sender
+from pretrain.tracking.mlflow_tracker import MlflowTracker
+from pretrain.tracking.sender import Sender
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: the connection is refused
 
