@@ -51,12 +51,14 @@ class Sender:
         self.reader = JournalReader(self.folder / "events.jsonl")
         self.run_id, self.sent, owed = read_progress(self.folder, uri)
         self.ended = False  # the last event read was `finish`
+        self.answers = 0  # steps of the work that are done, and need not be done again
         self._pending: list[Event] = []
         self._owed: dict[int, Event] = {}
         if owed:
             events = JournalReader(self.reader.path).read()
             self._owed = {event.sequence: event for event in events if event.sequence in owed}
         self._client: Any = None
+        self._experiment: str | None = None
         self._params: set[str] = set()
 
     def step(self) -> int:
@@ -172,12 +174,16 @@ class Sender:
                 self.run_id = self._find_or_create_run(client)
             self._params = set(client.get_run(self.run_id).data.params)
             self._client = client
+            self.answers += 1
         return self._client
 
     def _find_or_create_run(self, client: Any) -> str:
         start = next(e for e in JournalReader(self.reader.path).read() if e.kind == "start")
         info = start.payload
-        experiment = mlflow_env.experiment_id(client, self.uri, info["experiment"])
+        if self._experiment is None:
+            self._experiment = mlflow_env.experiment_id(client, self.uri, info["experiment"])
+            self.answers += 1
+        experiment = self._experiment
         key = info.get("id") or f"{info['output']}@{start.time}"
         # A sender that died between making the run and writing its id left it under this tag.
         quoted = key.replace("'", "_")
@@ -193,9 +199,11 @@ class Sender:
         run_id = str(run.info.run_id)
         self._write("sent.json", {"sequence": 0})
         self._write("run.json", {"run_id": run_id, "uri": mlflow_env.public(self.uri)})
+        self.answers += 1
         return run_id
 
     def _acknowledge(self) -> None:
+        self.answers += 1
         owed = {"owed": sorted(self._owed)} if self._owed else {}
         self._write("sent.json", {"sequence": self.sent, **owed})
 
@@ -242,7 +250,13 @@ def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> 
 
         def step() -> int:
             mlflow_env.read_credentials()  # they may have changed since the last try
-            return sender.step()
+            before = sender.answers
+            try:
+                return sender.step()
+            except Exception:
+                if sender.answers == before:
+                    raise
+                return 1  # a server that answers some of the time is not one to wait for
 
         try:
             while True:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.support.s3 import free_ports
 
@@ -68,8 +69,12 @@ class Postgres:
 
     def make_database(self, name: str) -> str:
         """Its URI."""
-        self._sql(f'CREATE DATABASE "{name}"')
+        self._ask("postgres", f'CREATE DATABASE "{name}"')
         return self.uri(name)
+
+    def query(self, statement: str, database: str = "mlflow") -> list[tuple[Any, ...]]:
+        """Its rows."""
+        return self._ask(database, statement)
 
     def _answers(self) -> bool:
         import psycopg2
@@ -80,13 +85,17 @@ class Postgres:
             return False
         return True
 
-    def _sql(self, statement: str) -> None:
+    def _ask(self, database: str, statement: str) -> list[tuple[Any, ...]]:
         import psycopg2
 
-        connection = psycopg2.connect(self.uri("postgres"))
-        connection.autocommit = True  # CREATE DATABASE wants no transaction
-        connection.cursor().execute(statement)
-        connection.close()
+        connection = psycopg2.connect(self.uri(database))
+        try:
+            connection.autocommit = True  # CREATE DATABASE wants no transaction
+            cursor = connection.cursor()
+            cursor.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
 
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(
