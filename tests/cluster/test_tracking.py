@@ -4,6 +4,7 @@ server meanwhile: a real one, over PostgreSQL and SeaweedFS, behind fault proxie
 import contextlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import time
@@ -146,8 +147,11 @@ def story(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(faulty, plain, seconds, sum(entry["steps"] for entry in told))
 
 
-def start(output: Path, site: Site, faults: tuple[Fault, ...], drain: float) -> Attempt:
-    settings = (*SETTINGS, "tracking.kind=mlflow", f"tracking.drain_seconds={drain}")
+def start(
+    output: Path, site: Site, faults: tuple[Fault, ...], drain: float, *settings: str
+) -> Attempt:
+    tracked = ("tracking.kind=mlflow", f"tracking.drain_seconds={drain}")
+    settings = (*SETTINGS, *tracked, *settings)
     return Attempt(
         output,
         1,
@@ -163,7 +167,7 @@ def timed_attempt(*arguments: Any) -> None:
     from pretrain.engine import Engine
     from pretrain.tracking.mlflow_tracker import MlflowTracker
 
-    noted: dict[str, list[float]] = {"tracker": [], "steps": []}
+    noted: dict[str, list[float]] = {"tracker": [], "steps": [], "drain": []}
 
     def timed(method: Callable[..., Any], what: str) -> Callable[..., Any]:
         def call(*given: Any, **named: Any) -> Any:
@@ -177,13 +181,16 @@ def timed_attempt(*arguments: Any) -> None:
 
     for name in ("start", "params", "metrics", "artifact"):
         setattr(MlflowTracker, name, timed(getattr(MlflowTracker, name), "tracker"))
-    Engine.step = timed(Engine.step, "steps")  # type: ignore[method-assign]
+    for owner, name, what in ((MlflowTracker, "finish", "drain"), (Engine, "step", "steps")):
+        setattr(owner, name, timed(getattr(owner, name), what))
     try:
         faulty_run.attempt(*arguments)
     finally:
-        own = Path(arguments[5])
-        tree = {"tracker": noted["tracker"], "steps": sum(noted["steps"])}
-        (own / "timed").write_text(json.dumps(tree))
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        sums = {name: sum(noted[name]) for name in ("drain", "steps")}
+        sender = children.ru_utime + children.ru_stime
+        tree = {**sums, "tracker": noted["tracker"], "sender_cpu": sender}
+        (Path(arguments[5]) / "timed").write_text(json.dumps(tree))
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
@@ -344,3 +351,61 @@ def test_a_store_that_is_down_holds_up_no_metric(
     assert as_admin.get_run(found).info.status == "FINISHED"
     assert tracking.sync(str(tmp_path), site.server.url) == 0
     assert [f.path for f in as_admin.list_artifacts(found, "grids")] == ["grids/grid.png"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_the_time_of_a_run(site: Site, as_admin: Any, tmp_path: Path) -> None:
+    """Runs in turn, through faults and without any; each from its start to its end, with the wait
+    for what is unsent.
+
+    What tracking can take from a run: its calls, the wait at the end, and the sender's own work.
+    """
+    site.server.wait()
+    site.server.nice = 10  # elsewhere it has a machine of its own
+    password = site.server.secrets()["trainer_password"]
+    site.password.write_text(password)
+    table: list[dict[str, float]] = []
+    for number, faults in enumerate((False, True, True, False, False, True)):
+        output = tmp_path / f"{number}"
+        began = time.monotonic()
+        site.proxy.weather = STORM if faults else Weather()
+        attempt = start(output, site, (), 60, "training.samples=48000", "tracking.system_seconds=1")
+        if faults:
+            password = through_faults(output, site, 48000, number)
+        assert attempt.codes(1800) == [0], attempt.text()
+        wall = time.monotonic() - began
+        told = json.loads((attempt.own / "timed").read_text())
+        calls = told.pop("tracker")
+        table.append({"faults": faults, "wall": wall, **told, "calls": sum(calls), "n": len(calls)})
+        print(table[-1], flush=True)
+        assert tracking.sync(str(output), site.server.url) == 0
+        assert stored(as_admin, run_id(output)) == journaled(output)
+        site.password.write_text(password)
+    for row in table:
+        assert row["calls"] < 0.005 * row["wall"]
+    with_faults, without = (
+        statistics.median(r["wall"] for r in table if r["faults"] == f) for f in (True, False)
+    )
+    print(f"wall time {with_faults / without:.3f}")
+    assert with_faults <= 1.02 * without
+
+
+def through_faults(output: Path, site: Site, samples: int, number: int) -> str:
+    """The password expires, the server is killed and started again, the password is renewed; the
+    new one."""
+
+    def reached(part: float) -> Callable[[], bool]:
+        return lambda: any(
+            e.kind == "metrics" and e.payload["samples"] >= part * samples for e in events(output)
+        )
+
+    password = f"a-password-of-run-{number}"
+    wait_for(reached(0.2), "progress", 1800)
+    site.server.set_password("trainer", password)
+    wait_for(reached(0.35), "progress", 1800)
+    site.server.kill()
+    site.server.start()
+    wait_for(reached(0.5), "progress", 1800)
+    site.password.write_text(password)
+    return password
