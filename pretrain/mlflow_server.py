@@ -33,7 +33,7 @@ from pretrain.errors import ConfigError, PretrainError
 
 ADMIN, TRAINER = "admin", "trainer"
 BUCKET = "mlflow"
-_START_SECONDS = 300.0  # MLflow's import, and a new database's tables
+_START_SECONDS = 600.0  # MLflow's import and a new database's tables, on a busy machine
 _STOP_SECONDS = 10.0
 
 

@@ -137,9 +137,9 @@ class Attempt:
             assert alive and time.monotonic() < deadline, f"{path}\n{self.text()}"
             time.sleep(0.02)
 
-    def wait_at(self, fault: Fault) -> None:
+    def wait_at(self, fault: Fault, seconds: float = 120) -> None:
         """Until the ranks wait at a fault whose number is 0."""
-        self.wait_for(self.own / f"waits-{fault.samples}")
+        self.wait_for(self.own / f"waits-{fault.samples}", seconds)
 
     def go_on(self, fault: Fault) -> None:
         """Let them go on."""

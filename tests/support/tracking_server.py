@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class TrackingServer:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 650) -> None:
         """Until it answers."""
         assert self._process is not None
         ends = time.monotonic() + seconds
@@ -75,9 +76,12 @@ class TrackingServer:
     def kill(self) -> None:
         """SIGKILL to all of it."""
         assert self._process is not None
-        found = [*self._process.children(recursive=True), self._process]
+        found = [self._process]
+        with suppress(psutil.NoSuchProcess):
+            found += self._process.children(recursive=True)
         for process in found:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         for process in found:
             process.wait(20)
 
