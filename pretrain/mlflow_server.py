@@ -149,8 +149,8 @@ class Server:
             )
         key, secret = self.secrets["s3_key"], self.secrets["s3_secret"]
         rights = ["Admin", "Read", "Write", "List", "Tagging"]
-        identity = {"name": TRAINER, "actions": rights}
-        identity |= {"credentials": [{"accessKey": key, "secretKey": secret}]}
+        credentials = [{"accessKey": key, "secretKey": secret}]
+        identity = {"name": TRAINER, "actions": rights, "credentials": credentials}
         _write(self.folder / "s3.json", json.dumps({"identities": [identity]}))
         data = self.folder / "s3"
         data.mkdir(exist_ok=True)
