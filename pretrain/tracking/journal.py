@@ -97,8 +97,8 @@ class Journal:
         self.path = self.folder / "events.jsonl"
         self.sequence, self.id = 0, ""
         self._time = 0.0
-        # What earlier attempts wrote of metrics, {samples: {name: values as text}}.
-        self._before: dict[int, dict[str, set[str]]] = {}
+        # What earlier attempts wrote last of metrics, {samples: {name: value as text}}.
+        self._before: dict[int, dict[str, str]] = {}
         reader = JournalReader(self.path)
         while events := reader.read(1000):
             for event in events:
@@ -131,11 +131,12 @@ class Journal:
         """Write scalars; NaN and infinities are kept as Python's JSON spells them.
 
         A killed run does again what it had done since its last checkpoint: a value that an earlier
-        attempt wrote under this name at this sample is not written again.
+        attempt wrote last under this name at this sample is not written again.
         """
         before = self._before.get(int(samples), {})
         values = {name: float(value) for name, value in metrics.items()}
-        fresh = {n: value for n, value in values.items() if repr(value) not in before.get(n, ())}
+        fresh = {n: value for n, value in values.items() if repr(value) != before.get(n)}
+        before |= {name: repr(value) for name, value in fresh.items()}
         if fresh or not values:
             self._write("metrics", {"samples": int(samples), "values": fresh})
 
@@ -160,7 +161,7 @@ class Journal:
             samples = event.payload["samples"]
             names = self._before.pop(samples, {})  # the newest stand last
             for name, value in event.payload["values"].items():
-                names.setdefault(name, set()).add(repr(value))
+                names[name] = repr(value)
             self._before[samples] = names
             if len(self._before) > _REMEMBERED:
                 del self._before[next(iter(self._before))]

@@ -154,11 +154,14 @@ def test_what_a_killed_run_does_again_is_written_once(tmp_path: Path) -> None:
         first.metrics(values, samples)
     second = Journal(str(tmp_path))  # from the checkpoint at 16
     second.metrics({"loss": 1 / 32, "speed": 11.0, "bad": math.nan}, 32)  # to the bit, but for time
-    second.metrics({"loss": 0.9, "speed": 10.0, "bad": 1.0}, 48)  # another number of ranks
     second.metrics({"loss": 1 / 48}, 48)  # nothing new
+    second.metrics({"loss": 0.9, "speed": 10.0, "bad": 1.0}, 48)  # after a rewind
     second.metrics({"loss": 1 / 48}, 64)  # another sample
     told = [(e.payload["samples"], e.payload["values"]) for e in read(tmp_path)[3:]]
     assert told == [(32, {"speed": 11.0}), (48, {"loss": 0.9, "bad": 1.0}), (64, {"loss": 1 / 48})]
+    # A reader takes what was told last, so what was true before the last telling is told again.
+    Journal(str(tmp_path)).metrics({"loss": 1 / 48}, 48)
+    assert read(tmp_path)[-1].payload["values"] == {"loss": 1 / 48}
 
 
 def test_a_clock_that_is_behind_changes_no_order(
