@@ -66,18 +66,25 @@ def ask(uri: str, path: str, body: dict[str, Any] | None = None) -> dict[str, An
         OSError, ValueError: no answer, or not MLflow's.
     """
     headers = {"Content-Type": "application/json"}
-    token, user = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("TOKEN", "USERNAME"))
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    elif user:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+    user, password, token = map(_credential, ("USERNAME", "PASSWORD", "TOKEN"))
+    if user and password:
+        pair = f"{user}:{password}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    elif token:
+        headers["Authorization"] = f"Bearer {token}"
     url = f"{uri.rstrip('/')}/api/2.0/mlflow/{path}"
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(
         urllib.request.Request(url, data, headers), timeout=_SECONDS
     ) as reply:
         return dict(json.load(reply))
+
+
+def _credential(name: str) -> str:
+    """As the trainer will find it: in a file that a variable names, or in a variable."""
+    variable = f"MLFLOW_TRACKING_{name}"
+    path = os.environ.get(f"{variable}_FILE")
+    return Path(path).read_text().strip() if path else os.environ.get(variable, "")
 
 
 def _stored(path: Path, run: str) -> str:

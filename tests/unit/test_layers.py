@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
         "errors config plugins remote storage comm types rng ops progress mlflow_env "
-        "hub stop watchdog sentinel profiling distances hardware page/ pipeline_files/",
+        "mlflow_server hub stop watchdog sentinel profiling node_metrics distances hardware page/ "
+        "pipeline_files/",
         "data/ diffusion/ model/ features/",
         "objectives/",
         "task ema inference weights classifier diffusers_folder pipeline_parts pretrained describe",
