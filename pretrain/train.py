@@ -25,8 +25,8 @@ from pretrain.evaluators.base import Evaluator, Subject
 from pretrain.flops import measured_peak, mfu, peak_flops, sample_flops
 from pretrain.guard import SCALE, Guard, Refusal
 from pretrain.inference import Heads, new_model
-from pretrain.pretrained import Pretrained
 from pretrain.node_metrics import NodeMetrics, by_node
+from pretrain.pretrained import Pretrained
 from pretrain.profiling import Profiler, phase
 from pretrain.progress import Display, Progress
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators

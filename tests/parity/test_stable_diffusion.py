@@ -15,8 +15,8 @@ from pretrain.rng import generator
 from pretrain.streaming import fill
 from tests.support import stable_diffusion
 
-# Of pixels in [-1, 1], fp32, 10 steps of DDIM under guidance 4. Measured 3e-6 at most: the sampler's
-# coefficients are formed in another order.
+# Of pixels in [-1, 1], fp32, 10 steps of DDIM under guidance 4. Measured 3e-6 at most: the
+# sampler's coefficients are formed in another order.
 TOLERANCE = 1e-4
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["red apple", "blue"], [0, 7], 10, 4.0
 
