@@ -248,6 +248,7 @@ def run_id(output: Path) -> str:
     return str(json.loads((output / "journal" / "run.json").read_text())["run_id"])
 
 
+@pytest.mark.soak  # with `story`, two minutes
 def test_every_metric_is_there_once_in_order_and_a_requeued_run_is_one_run(
     story: Story, site: Site, as_admin: Any
 ) -> None:
@@ -270,6 +271,7 @@ def test_every_metric_is_there_once_in_order_and_a_requeued_run_is_one_run(
         assert site.proxy.counts[fault] > 0, site.proxy.counts
 
 
+@pytest.mark.soak
 def test_no_step_waited_for_any_of_it(story: Story) -> None:
     """(A whole run's time against one without faults: `test_the_time_of_a_run`.)"""
     calls = sorted(story.tracker_seconds)
@@ -278,6 +280,7 @@ def test_no_step_waited_for_any_of_it(story: Story) -> None:
     assert statistics.median(calls) < 0.002 and sum(calls[:-1]) < 0.02 * story.step_seconds
 
 
+@pytest.mark.soak
 def test_files_go_straight_to_the_object_store(
     story: Story, site: Site, s3: S3Server, as_admin: Any
 ) -> None:
@@ -292,6 +295,7 @@ def test_files_go_straight_to_the_object_store(
     assert asked and not [line for line in asked if "artifact" in line]
 
 
+@pytest.mark.soak
 def test_a_run_without_a_server_sent_later_equals_the_one_logged_live(
     story: Story, site: Site, as_admin: Any
 ) -> None:
@@ -306,7 +310,7 @@ def test_a_run_without_a_server_sent_later_equals_the_one_logged_live(
             assert [(samples, value) for samples, _, value in live[name]] == plain, name
     one, other = (as_admin.get_run(run_id(o)).data for o in (story.faulty, story.plain))
     differ = {k for k in one.params.keys() | other.params if one.params[k] != other.params[k]}
-    assert {k for k in differ if not k.startswith("tracking.")} == {"output"}
+    assert differ == {"output", "tracking.kind", "tracking.drain_seconds"}  # what `story` sets
     assert tracking.sync(str(story.plain), site.server.url) == 0
     assert stored(as_admin, run_id(story.plain)) == later  # again, and nothing new
 
@@ -335,6 +339,7 @@ def test_two_runs_at_once_from_two_clusters_do_not_mix(
         assert {value for _, _, value in stored(as_admin, found)["loss"]} == {repr(float(number))}
 
 
+@pytest.mark.soak
 def test_a_store_that_is_down_holds_up_no_metric(
     site: Site, as_admin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
