@@ -111,7 +111,7 @@ def _text_encoder(predictor: Predictor, tokenizer: Path) -> Any:
     made = DiffDisTextEncoder(
         vocab_size=predictor.tokenizer.vocab_size,
         tokenizer_bytes=len(data),
-        **config.model_dump(exclude={"frozen_from"}),
+        **config.model_dump(exclude={"frozen_from", "kind"}),
     )
     state = predictor.model.text_encoder.state_dict()  # type: ignore[union-attr]
     made.load_state_dict({**state, "tokenizer": torch.frombuffer(data, dtype=torch.uint8)})

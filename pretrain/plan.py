@@ -92,7 +92,7 @@ def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
 
 
 def _count(run: AbstractRun) -> Parameters:
-    task, outside = run.task, run.config.model.text_encoder.frozen_from is not None
+    task, outside = run.task, run.config.model.text_encoder.frozen
     model = task.model
     parts: dict[str, Any] = {
         "text encoder": model.text_encoder,

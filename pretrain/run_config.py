@@ -93,14 +93,14 @@ class RunConfig(Config):
                 f"model.text_encoder.length={self.model.text_encoder.length} "
                 "differ; make them equal"
             )
-        if self.data.encoded_text and self.model.text_encoder.frozen_from is None:
+        if self.data.encoded_text and not self.model.text_encoder.frozen:
             raise ValueError(
-                "data.encoded_text=true needs model.text_encoder.frozen_from: features of a text "
-                "encoder in training would be of weights long gone; name the exported model that "
-                "encoded them, or set data.encoded_text: false"
+                "data.encoded_text=true needs model.text_encoder.frozen_from, or a frozen encoder "
+                "of kind transformers: features of a text encoder in training would be of weights "
+                "long gone; name what encoded them, or set data.encoded_text: false"
             )
         step = self.model.size_multiple
-        if self.data.bucket_group and step and self.data.bucket_multiple % step:
+        if self.data.bucket_group and self.data.bucket_multiple % step:
             raise ValueError(
                 f"data.bucket_multiple={self.data.bucket_multiple} is not a multiple of {step}, "
                 f"which the model's sides must be; set it to {step}"

@@ -31,12 +31,15 @@ class StreamConfig(Config):
         predict: what F stands for. The paper's image stream is eps over scaled_linear; its text
             stream x0.
         gamma: scale of the signal in z_t, in (0, 1] (DiffDis: e_t = gamma sqrt(abar) e_0 + ...).
+        unit_start: whether a sampler's chain starts at noise of unit scale, as diffusers' pipelines
+            do (at SD's last time sigma is 0.9977), instead of at sigma(t_max).
         sigma_data: standard deviation of clean data; read by ``predict: edm`` alone.
     """
 
     schedule: ScheduleConfig = ScaledLinearConfig()
     predict: Parametrisation = "eps"
     gamma: float = Field(1.0, gt=0, le=1)
+    unit_start: bool = False
     sigma_data: float = Field(0.5, gt=0)
 
 

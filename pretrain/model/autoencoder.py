@@ -49,12 +49,17 @@ class DiffusersConfig(Config):
         path: a folder, or a hub name that the machine can reach.
         model: the diffusers class.
         subfolder: where in the folder it lies; "vae" in a pipeline folder.
+        precision: in which it is held and computes.
+        channels, factor: of its latents; checked against the files.
     """
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
     model: Literal["AutoencoderKL", "AutoencoderTiny"] = "AutoencoderKL"
     subfolder: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels: int = Field(4, ge=1)
+    factor: int = Field(8, ge=1)
 
 
 AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discriminator="kind")]

@@ -1,9 +1,11 @@
 """DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training
 pass."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -15,10 +17,10 @@ from pretrain.model.autoencoder import (
     build_autoencoder,
 )
 from pretrain.model.dual_stream import DualStreamUNet
+from pretrain.model.text_config import AnyTextConfig, TextEncoderConfig, with_kind
 from pretrain.model.text_encoder import (
     PREFIX,
     FrozenTextEncoder,
-    TextEncoderConfig,
     build_text_encoder,
 )
 from pretrain.model.text_stream import TextStreamConfig
@@ -26,11 +28,29 @@ from pretrain.model.unet import UNetConfig
 from pretrain.types import ModelOutput, Noised, TextFeatures
 
 
+class InitConfig(Config):
+    """Where the image stream's weights come from, before the first step.
+
+    Attributes:
+        path: a folder in diffusers' layout, or a hub name that the machine can reach.
+        subfolder: where in it the U-Net lies; null: in ``path`` itself.
+        variant: of the files' names, such as "fp16" or "non_ema".
+        scheduler: where in it the scheduler's configuration lies, with which ``image_path`` must
+            agree; null: it is not looked at.
+    """
+
+    path: str = Field(min_length=1)
+    subfolder: str | None = "unet"
+    variant: str | None = None
+    scheduler: str | None = "scheduler"
+
+
 class ModelConfig(Config):
     """All that defines the network's function: its shape and the meaning of its outputs.
 
     Attributes:
         image_size: pixels on a side.
+        init: pretrained weights of the image stream; None: it starts from random ones.
         autoencoder: pixels to latents.
         unet, text_encoder, text_stream: the parts.
         image_path, text_path: schedule and parametrisation of each stream. DiffDis predicts eps for
@@ -39,33 +59,34 @@ class ModelConfig(Config):
     """
 
     image_size: int = 32
+    init: InitConfig | None = None
     autoencoder: AutoencoderConfig = SpaceToDepthConfig()
     unet: UNetConfig = UNetConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    text_encoder: AnyTextConfig = TextEncoderConfig()
     text_stream: TextStreamConfig = TextStreamConfig()
     image_path: StreamConfig = StreamConfig()
     text_path: StreamConfig = StreamConfig(predict="x0")
 
+    @field_validator("text_encoder", mode="before")
+    @classmethod
+    def _with_kind(cls, tree: Any) -> Any:
+        return with_kind(tree)
+
     @property
-    def size_multiple(self) -> int | None:
-        """What the sides of a picture must be multiples of; None where the autoencoder's files
-        would have to be opened to know."""
-        if not isinstance(self.autoencoder, SpaceToDepthConfig):
-            return None
+    def size_multiple(self) -> int:
+        """What the sides of a picture must be multiples of."""
         return self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if isinstance(self.autoencoder, SpaceToDepthConfig):
-            levels = 2 ** (len(self.unet.channels) - 1)
-            step = self.autoencoder.factor * levels
-            if self.image_size % step:
-                raise ValueError(
-                    f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
-                    f"{self.autoencoder.factor} × {levels} for {len(self.unet.channels)} unet "
-                    "levels); "
-                    f"try {max(step, self.image_size // step * step)}"
-                )
+        step = self.size_multiple
+        if self.image_size % step:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of {step} (autoencoder.factor="
+                f"{self.autoencoder.factor} × {step // self.autoencoder.factor} for "
+                f"{len(self.unet.channels)} unet levels); "
+                f"try {max(step, self.image_size // step * step)}"
+            )
         return self
 
 

@@ -11,44 +11,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.config import Config, build
+from pretrain.config import build
 from pretrain.errors import ConfigError
 from pretrain.model.identity import digest
 from pretrain.model.recompute import Recomputing
+from pretrain.model.text_config import TextEncoderConfig
 from pretrain.types import TextFeatures
 
 PREFIX = "text_encoder."  # of its weights in an exported model
-
-
-class TextEncoderConfig(Config):
-    """A transformer, trained from scratch with the trunk unless it is frozen.
-
-    Attributes:
-        width: D, the width of c.
-        query_dim: E, the width of e.
-        layers, heads: of the transformer.
-        length: most tokens of a text, begin and end tokens included.
-        frozen_from: folder of an exported model whose text encoder is used as it is; the other
-            fields must be its own. None: the encoder is trained.
-    """
-
-    width: int = Field(192, ge=8)
-    query_dim: int = Field(192, ge=4)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(3, ge=1)
-    length: int = Field(24, ge=3)
-    frozen_from: str | None = None
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "TextEncoderConfig":
-        if self.width % self.heads:
-            raise ValueError(
-                f"width={self.width} is not a multiple of heads={self.heads}; change one of them"
-            )
-        return self
 
 
 class TextEncoder(Recomputing):
@@ -131,7 +103,7 @@ class FrozenTextEncoder:
     @property
     def sha256(self) -> str:
         """Of all that decides its features: weights, shape and tokenizer."""
-        fields = self.config.model_dump(mode="json", exclude={"frozen_from"})
+        fields = self.config.model_dump(mode="json", exclude={"frozen_from", "kind"})
         return digest({**fields, "tokenizer": self.tokenizer_sha256}, self.encoder.state_dict())
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -21,7 +21,8 @@ class UNetConfig(Config):
         channels: output channels of each resolution level.
         attention: which levels have transformers.
         layers: residual blocks in each level of the encoder (the decoder has one more).
-        head_dim: width of an attention head.
+        head_dim: width of an attention head (SD 2.x: 64).
+        heads: attention heads in every level (SD 1.x: 8), in place of ``head_dim``.
         transformer_layers: K, transformer layers in each block.
         norm_groups: groups of the group norms; divides every level's channels.
         linear_projection: linear instead of 1×1 convolution around transformers (SD 2.x).
@@ -31,6 +32,7 @@ class UNetConfig(Config):
     attention: tuple[bool, ...] = (False, True, True)
     layers: int = Field(1, ge=1)
     head_dim: int = Field(32, ge=1)
+    heads: int | None = Field(None, ge=1)
     transformer_layers: int = Field(1, ge=1)
     norm_groups: int = Field(32, ge=1)
     linear_projection: bool = False
@@ -42,22 +44,20 @@ class UNetConfig(Config):
                 f"attention has {len(self.attention)} entries and channels {len(self.channels)}; "
                 "give one per level"
             )
-        for width, attends in zip(self.channels, self.attention, strict=True):
+        for width in self.channels:
             if width % self.norm_groups:
                 raise ValueError(
                     f"channels={width} is not a multiple of norm_groups={self.norm_groups}; "
                     "change one of them"
                 )
-            if attends and width % self.head_dim:
+        field = "head_dim" if self.heads is None else "heads"
+        parts = getattr(self, field)
+        attending = [c for c, a in zip(self.channels, self.attention, strict=True) if a]
+        for width in (*attending, self.channels[-1]):  # the mid block attends
+            if width % parts:
                 raise ValueError(
-                    f"channels={width} is not a multiple of head_dim={self.head_dim}; change one "
-                    "of them"
+                    f"channels={width} is not a multiple of {field}={parts}; change one of them"
                 )
-        if self.channels[-1] % self.head_dim:
-            raise ValueError(
-                f"channels[-1]={self.channels[-1]} is not a multiple of head_dim={self.head_dim} "
-                "(the mid block attends)"
-            )
         return self
 
 
@@ -77,7 +77,9 @@ def diffusers_arguments(
         "cross_attention_dim": condition_dim,
         # diffusers' `attention_head_dim` is in truth the number of heads (kept so for SD 1.x's
         # files).
-        "attention_head_dim": tuple(max(1, c // config.head_dim) for c in config.channels),
+        "attention_head_dim": tuple(
+            config.heads or max(1, c // config.head_dim) for c in config.channels
+        ),
         "transformer_layers_per_block": config.transformer_layers,
         "norm_num_groups": config.norm_groups,
         "use_linear_projection": config.linear_projection,

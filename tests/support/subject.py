@@ -9,7 +9,7 @@ from pretrain.data.loader import DataConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.evaluators.base import Subject
 from pretrain.inference import Heads, InferenceConfig, new_model
-from pretrain.model.text_encoder import TextEncoderConfig
+from pretrain.model.text_config import TextEncoderConfig
 from pretrain.task import PretrainTask, TaskConfig, check_objectives
 from tests.support import tiny
 

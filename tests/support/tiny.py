@@ -3,7 +3,7 @@
 import torch
 
 from pretrain.model.diffdis import DiffDis, ModelConfig
-from pretrain.model.text_encoder import TextEncoderConfig
+from pretrain.model.text_config import TextEncoderConfig
 from pretrain.model.text_stream import TextStreamConfig
 from pretrain.model.unet import UNetConfig
 from pretrain.task import PretrainTask, TaskConfig, check_objectives

@@ -12,7 +12,8 @@ from pretrain.commands._vq import _files
 from pretrain.config import Config, build
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.diffusion.discrete import DiscreteProcess, ProcessConfig
-from pretrain.model.text_encoder import TextEncoder, TextEncoderConfig
+from pretrain.model.text_config import TextEncoderConfig
+from pretrain.model.text_encoder import TextEncoder
 from pretrain.model.token_denoiser import TokenDenoiser, TokenDenoiserConfig
 from pretrain.model.vq import VQAutoencoder, VQConfig
 from pretrain.objectives._cdcd_tokens import TokenLossConfig
