@@ -10,17 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.autoencoder import SpaceToDepth, SpaceToDepthConfig
+from pretrain.model.autoencoder import DiffusersConfig, SpaceToDepth, SpaceToDepthConfig
 from pretrain.model.diffdis import DiffDis
 from pretrain.model.recompute import set_recompute
+from pretrain.model.text_config import TextEncoderConfig, TransformersTextConfig
 from pretrain.model.text_encoder import FrozenTextEncoder
+from pretrain.model.transformers_text import TransformersTextEncoder, shape
 from pretrain.optim import freeze
 from pretrain.run_config import RunConfig
 from pretrain.task import PretrainTask, check_objectives
 from pretrain.types import Batch, TextFeatures
-
-# Stable Diffusion's autoencoders: what is assumed without opening the folder.
-LATENT_CHANNELS, LATENT_FACTOR = 4, 8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,8 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class _Assumed(SpaceToDepth):
     """A stand-in of the right shape for an autoencoder whose files are not opened."""
 
-    def __init__(self) -> None:
-        self.factor, self.channels = LATENT_FACTOR, LATENT_CHANNELS
+    def __init__(self, config: DiffusersConfig) -> None:
+        self.factor, self.channels = config.factor, config.channels
 
 
 class AbstractRun:
@@ -40,26 +39,35 @@ class AbstractRun:
             encoder of an exported model is a part of it here, of no weight that is trained.
         text_frozen: whether no parameter of the text encoder is trained.
 
+    Args:
+        vocab_size: of the run's tokenizer; a text encoder of transformers tells its own.
+
     Raises:
         ConfigError: a prefix in optimizer.freeze names nothing; model.text_encoder.frozen_from
-            holds no such encoder.
+            holds no such encoder, or the shape of one of transformers is not known.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         self.config = config
         model, text = config.model, config.model.text_encoder
-        if text.frozen_from is not None:
+        if isinstance(text, TextEncoderConfig) and text.frozen_from is not None:
             FrozenTextEncoder(text.frozen_from).check(text, vocab_size)
             text = text.model_copy(update={"frozen_from": None})
             model = model.model_copy(update={"text_encoder": text})
-        exact = isinstance(model.autoencoder, SpaceToDepthConfig)
+        assumed = None
+        if isinstance(model.autoencoder, DiffusersConfig):
+            assumed = _Assumed(model.autoencoder)
         with torch.device("meta"):
+            foreign = None
+            if isinstance(text, TransformersTextConfig):
+                foreign = TransformersTextEncoder(text, shape(text))
             net = DiffDis(
                 model,
                 vocab_size,
                 torch.zeros(text.length, dtype=torch.long),
                 torch.zeros(text.length, dtype=torch.bool),
-                autoencoder=None if exact else _Assumed(),
+                autoencoder=assumed,
+                text_encoder=foreign,
             )
             objectives = check_objectives(config.objectives)
             self.task = PretrainTask(net, objectives, config.task, config.seed)
@@ -67,7 +75,7 @@ class AbstractRun:
         set_recompute(self.task, config.engine.activation_checkpointing)
         encoder = net.text_encoder
         assert isinstance(encoder, nn.Module)
-        if config.model.text_encoder.frozen_from is not None:
+        if config.model.text_encoder.frozen:
             encoder.requires_grad_(False)
         freeze(self.task, config.optimizer.freeze)
         self.text_frozen = not any(p.requires_grad for p in encoder.parameters())

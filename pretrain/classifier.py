@@ -7,6 +7,7 @@ probabilities_BK = model(images_BCHW, e_KE).softmax(-1)
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ class Classifier(nn.Module):
             raise ExportError(
                 f"folder={str(folder)!r} is not an exported model ({error}); run `export` first"
             ) from None
-        tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+        tokenizer = Tokenizer.of_model(folder)
         tokenizer.check(tree["tokenizer_sha256"])
         made = cls(
-            new_model(build(ModelConfig, tree["model"], "model"), tokenizer),
+            new_model(build(ModelConfig, tree["model"], "model").within(folder), tokenizer),
             tokenizer,
             build(InferenceConfig, tree["inference"], "inference"),
             tree["logit_scale"],
@@ -112,5 +113,8 @@ def write_folder(model: str | Path, to: str | Path) -> Path:
     for name in ("config.json", "tokenizer.model", "card.json", "README.md"):
         if (model / name).exists():
             (to / name).write_bytes((model / name).read_bytes())
+    for name in ("tokenizer", "vae"):
+        if (model / name).is_dir():
+            shutil.copytree(model / name, to / name, dirs_exist_ok=True)
     Classifier.load(to)
     return to

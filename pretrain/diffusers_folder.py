@@ -2,15 +2,16 @@
 project.
 
     unet/            diffusers' UNet2DConditionModel, the weights as they are
-    text_encoder/    ours, with its code; the tokenizer is a buffer among its weights
+    text_encoder/    transformers' own; or ours, with its code, its tokenizer among its weights
+    tokenizer/       where the text encoder is of transformers
     scheduler/       diffusers' EDMEulerScheduler or DDIMScheduler
     vae/             where the model has one
     diffdis_pipeline.py, model_index.json
 
-StableDiffusionPipeline cannot hold it: its text encoder is CLIP's, its latents a VAE's.
+A model that started from Stable Diffusion is a StableDiffusionPipeline again, without code of ours;
+another cannot be: that pipeline's text encoder is CLIP's, its latents a VAE's.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain import pipeline_parts
+from pretrain.diffusion.sampler import start
 from pretrain.diffusion.schedule import EDMConfig
 from pretrain.errors import ExportError
 from pretrain.inference import Predictor
@@ -45,26 +48,40 @@ def write(model: str | Path, to: str | Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     scheduler = _scheduler(predictor)
     autoencoder = predictor.model.autoencoder
-    predictor.model.trunk.unet.save_pretrained(temporary / "unet")
-    _text_encoder(predictor, Path(model) / "tokenizer.model").save_pretrained(
-        temporary / "text_encoder"
-    )
+    unet = predictor.model.trunk.unet
+    unet.register_to_config(sample_size=predictor.model.latent_shape[1])
+    unet.save_pretrained(temporary / "unet")
     scheduler.save_pretrained(temporary / "scheduler")
+    vae = type(autoencoder.vae).__name__ if isinstance(autoencoder, Diffusers) else None
+    foreign = pipeline_parts.foreign_text(predictor)
+    if isinstance(autoencoder, Diffusers):
+        autoencoder.vae.save_pretrained(temporary / "vae")
     index: dict[str, Any] = {
         "_class_name": ["diffdis_pipeline", "DiffDisPipeline"],
         "_diffusers_version": __version__,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "text_encoder": ["diffdis_text_encoder", "DiffDisTextEncoder"],
+        "tokenizer": [None, None],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "vae": [None, None],
+        "vae": [None, None] if vae is None else ["diffusers", vae],
         **_settings(predictor),
     }
-    if isinstance(autoencoder, Diffusers):
-        autoencoder.vae.save_pretrained(temporary / "vae")
-        index["vae"] = ["diffusers", type(autoencoder.vae).__name__]
-    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(_FILES / "diffdis_pipeline.py", temporary)
-    shutil.copy(_FILES / "diffdis_text_encoder.py", temporary / "text_encoder")
+    if foreign is None:
+        own = _text_encoder(predictor, Path(model) / "tokenizer.model")
+        own.save_pretrained(temporary / "text_encoder")
+        shutil.copy(_FILES / "diffdis_text_encoder.py", temporary / "text_encoder")
+    else:
+        made = pipeline_parts.save_text_encoder(foreign, temporary / "text_encoder")
+        index["text_encoder"] = ["transformers", made]
+        tokenizer = pipeline_parts.save_tokenizer(Path(model), temporary / "tokenizer")
+        index["tokenizer"] = ["transformers", tokenizer]
+    if vae is not None and pipeline_parts.is_stable_diffusion(predictor):
+        index = pipeline_parts.stable_diffusion_index(
+            type(scheduler).__name__, vae, index["tokenizer"][1]
+        )
+    else:
+        shutil.copy(_FILES / "diffdis_pipeline.py", temporary)
+    pipeline_parts.write_index(temporary, index)
     for name in ("card.json", "README.md"):
         if (Path(model) / name).exists():
             shutil.copy(Path(model) / name, temporary)
@@ -121,46 +138,65 @@ def _text_encoder(predictor: Predictor, tokenizer: Path) -> Any:
 def _settings(predictor: Predictor) -> dict[str, Any]:
     """The pipeline's own arguments."""
     model, inference = predictor.model, predictor.heads.config
+    foreign = pipeline_parts.foreign_text(predictor)
     shift = model.autoencoder.shift if isinstance(model.autoencoder, SpaceToDepth) else 0.0
-    schedule = model.image_path.schedule
     return {
         "image_size": model.config.image_size,
         "factor": model.autoencoder.factor,
         "shift": shift,
-        "start": float(schedule.sigma(torch.tensor([schedule.t_max]))),
+        "start": float(start(model.image_path, torch.ones(1))),
         "steps": inference.steps,
         "guidance_scale": 1 + inference.guidance,  # diffusers counts from the null prompt
         "last_noise": inference.last_noise,
+        "tokens": model.config.text_encoder.length,
+        "masks_padding": foreign is not None and foreign.kind != "clip",
     }
 
 
 @torch.no_grad()
 def _prove(folder: Path, predictor: Predictor, index: dict[str, Any]) -> None:
-    import diffusers
-
-    from pretrain.pipeline_files.diffdis_pipeline import DiffDisPipeline
-    from pretrain.pipeline_files.diffdis_text_encoder import DiffDisTextEncoder
-
-    own = {"text_encoder": DiffDisTextEncoder}
-    parts = {
-        name: (own.get(name) or getattr(diffusers, index[name][1])).from_pretrained(folder / name)
-        for name in ("unet", "text_encoder", "scheduler", "vae")
-        if index[name][0]
-    }
-    pipeline = DiffDisPipeline(**parts, **_settings(predictor))
+    pipeline = _opened(folder, predictor, index)
     pipeline.set_progress_bar_config(disable=True)
     prompts, seeds = ["a proof of export", ""], [0, 1]
     steps = 8  # divides 1,000: else DDIMScheduler steps to times beside those of its own list
-    shape = predictor.model.latent_shape
-    noise = torch.stack([torch.randn(shape, generator=generator(s, "generate")) for s in seeds])
-    theirs: Tensor = pipeline(
-        prompts, num_inference_steps=steps, latents=noise, output_type="pt"
+    noise = [generator(s, "generate") for s in seeds]
+    scale = 1 + predictor.heads.config.guidance
+    drawn = pipeline(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=noise,
+        output_type="pt",
     ).images
+    theirs: Tensor = drawn.float().cpu() * 2 - 1
     tokens, mask = predictor.tokenizer.encode(prompts, predictor.length)
     ours = predictor.heads.generate_tokens(tokens, mask, seeds, steps, sampler="ddim")
-    far = float((theirs * 2 - 1 - ours).abs().max())
+    far = float((theirs - ours).abs().max())
     if not far <= _TOLERANCE:
         raise ExportError(
             f"{folder}: the pipeline's pictures differ from the model's by {far:.3g} of [-1, 1], "
             f"more than {_TOLERANCE:g}; this is a fault of the program, please report it"
         )
+
+
+def _opened(folder: Path, predictor: Predictor, index: dict[str, Any]) -> Any:
+    """The pipeline as the folder's user has it. (diffusers would copy code of ours into its cache:
+    that is imported here.)"""
+    import diffusers
+    import transformers
+
+    from pretrain.pipeline_files.diffdis_pipeline import DiffDisPipeline
+    from pretrain.pipeline_files.diffdis_text_encoder import DiffDisTextEncoder
+
+    if isinstance(index["_class_name"], str):
+        return diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = {}
+    for name in ("unet", "text_encoder", "tokenizer", "scheduler", "vae"):
+        library, cls = index[name]
+        if library is not None:
+            own = (
+                DiffDisTextEncoder if name == "text_encoder" and library not in libraries else None
+            )
+            parts[name] = (own or getattr(libraries[library], cls)).from_pretrained(folder / name)
+    return DiffDisPipeline(**parts, **_settings(predictor))

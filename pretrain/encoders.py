@@ -19,7 +19,9 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.model.autoencoder import Autoencoder, build_autoencoder
 from pretrain.model.diffdis import DiffDis, ModelConfig
 from pretrain.model.identity import autoencoder_sha256
+from pretrain.model.text_config import TextEncoderConfig, TransformersTextConfig
 from pretrain.model.text_encoder import FrozenTextEncoder
+from pretrain.model.transformers_text import FrozenTransformers
 from pretrain.run_config import RunConfig
 
 
@@ -65,7 +67,7 @@ class Encoders:
         self.options, self.device = options, comm.device()
         self.dtype = DTYPES[options.dtype]
         self.autoencoder: Autoencoder = build_autoencoder(settings)
-        self.text: FrozenTextEncoder | None = None
+        self.text: FrozenTextEncoder | FrozenTransformers | None = None
         described = None
         if options.text:
             self.text, self.tokenizer = _text_encoder(config, options)
@@ -150,9 +152,9 @@ def check_encodings(model: DiffDis, encodings: Sequence[Encoding]) -> None:
             continue
         if frozen is None:
             raise ConfigError(
-                "data.encoded_text=true needs model.text_encoder.frozen_from: features of a text "
-                "encoder in training would be of weights long gone; name the folder of the "
-                "exported model that encoded them, or set data.encoded_text: false"
+                "data.encoded_text=true needs model.text_encoder.frozen_from, or a frozen encoder "
+                "of kind transformers: features of a text encoder in training would be of weights "
+                "long gone; name what encoded them, or set data.encoded_text: false"
             )
         for name in ("width", "query_dim", "length"):
             if getattr(found.text, name) != getattr(frozen.config, name):
@@ -162,9 +164,9 @@ def check_encodings(model: DiffDis, encodings: Sequence[Encoding]) -> None:
                 )
         if found.text.encoder != text:
             raise ConfigError(
-                f"model.text_encoder.frozen_from={str(frozen.folder)!r} is {text[:12]}…, the text "
-                f"features of {where} are of {found.text.encoder[:12]}…; name the export that "
-                f"encoded them, or {REMEDY} with --text"
+                f"model.text_encoder of {str(frozen.folder)!r} is {text[:12]}…, the text "
+                f"features of {where} are of {found.text.encoder[:12]}…; name what encoded them, "
+                f"or {REMEDY} with --text"
             )
 
 
@@ -199,21 +201,29 @@ def _exported(folder: str) -> ModelConfig:
             f"--model {folder!r} is not an exported model ({error}); export one with "
             "`python -m pretrain export`"
         ) from None
-    return build(ModelConfig, tree, "model")
+    return build(ModelConfig, tree, "model").within(Path(folder))
 
 
-def _text_encoder(config: RunConfig, options: Options) -> tuple[FrozenTextEncoder, Tokenizer]:
-    folder = options.model or config.model.text_encoder.frozen_from
-    if folder is None:
+def _text_encoder(
+    config: RunConfig, options: Options
+) -> tuple[FrozenTextEncoder | FrozenTransformers, Tokenizer]:
+    text, tokenizer = config.model.text_encoder, Tokenizer(config.data.tokenizer)
+    encoder: FrozenTextEncoder | FrozenTransformers
+    if options.model is not None:
+        encoder = FrozenTextEncoder(options.model)
+    elif isinstance(text, TransformersTextConfig) and text.frozen:
+        encoder = FrozenTransformers(text)
+    elif isinstance(text, TextEncoderConfig) and text.frozen_from is not None:
+        encoder = FrozenTextEncoder(text.frozen_from)
+    else:
         raise ConfigError(
             "--text needs a trained text encoder; give the folder of an exported model by --model "
-            "or model.text_encoder.frozen_from"
+            "or model.text_encoder.frozen_from, or a frozen encoder of kind transformers"
         )
-    encoder, tokenizer = FrozenTextEncoder(folder), Tokenizer(config.data.tokenizer)
-    tokenizer.check(encoder.tokenizer_sha256)
+    encoder.check_tokenizer(tokenizer)
     if encoder.config.length != config.data.tokens:
         raise ConfigError(
-            f"data.tokens={config.data.tokens}, but the text encoder in {folder!r} takes "
-            f"{encoder.config.length}; make them equal"
+            f"data.tokens={config.data.tokens}, but the text encoder in {str(encoder.folder)!r} "
+            f"takes {encoder.config.length}; make them equal"
         )
     return encoder, tokenizer

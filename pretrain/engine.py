@@ -15,10 +15,12 @@ from pretrain.engine_config import EngineConfig, accumulation, deepspeed_config
 from pretrain.errors import CheckpointError
 from pretrain.guard import GRADIENT, SCALE, Guard, GuardConfig, Refusal
 from pretrain.model.recompute import set_recompute
-from pretrain.optim import OptimizerConfig, build_optimizer
+from pretrain.optim import OptimizerConfig, build_optimizer, freeze
 from pretrain.partitions import Copy, Partitions
 from pretrain.parts import Parts
+from pretrain.pretrained import Pretrained
 from pretrain.profiling import phase
+from pretrain.streaming import fill
 from pretrain.types import Batch, StepOutput
 
 
@@ -56,6 +58,8 @@ class Engine:
         config, optimizer, ema: settings.
         global_batch: samples of one optimizer step over all ranks.
         guard: judges each micro-batch's loss; without one, whether it is finite.
+        pretrained: weights that parts of ``task``, made `streaming.without_storage`, start from.
+        seed: of the other parts that were made so.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class Engine:
         global_batch: int,
         ema: EmaConfig = EmaConfig(),  # noqa: B008 (frozen)
         guard: Guard | None = None,
+        pretrained: Pretrained | None = None,
+        seed: int = 0,
     ) -> None:
         import deepspeed
 
@@ -80,6 +86,9 @@ class Engine:
         self.accumulation = accumulation(config, global_batch, comm.world_size())
         self.guard = guard or Guard(GuardConfig(spike_z=None))
         set_recompute(task, config.activation_checkpointing)
+        freeze(task, optimizer.freeze)
+        if pretrained:
+            fill(task, pretrained, config, seed)
         adamw = build_optimizer(task, optimizer)
         self._rate_scales = [group["rate_scale"] for group in adamw.param_groups]
         with warnings.catch_warnings():
@@ -92,6 +101,10 @@ class Engine:
         self.partitions = Partitions(
             self._engine.module, self._optimizer, comm.rank(), comm.world_size()
         )
+        if pretrained and config.precision != "fp32":
+            # The masters were made from weights of half precision; the files may know better.
+            self.partitions.refine(pretrained.has, pretrained.read)
+            pretrained.close()
         self.ema = Ema(self.partitions.flats, ema)
 
     def step(self, batch: Batch, lr: float, samples: int = 0) -> StepOutput | Refusal:

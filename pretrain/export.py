@@ -57,7 +57,8 @@ def _load(
     config = build(RunConfig, checkpoint.run["config"])
     tokenizer = Tokenizer(tokenizer_path or config.data.tokenizer)
     tokenizer.check(checkpoint.run["tokenizer_sha256"])
-    task = build_task(config, tokenizer)
+    exact = config.model_copy(update={"model": config.model.exact()})
+    task = build_task(exact, tokenizer)
     parts = Parts(checkpoint.folder)
     kind = weights_of(checkpoint, config, weights)
     expected = dict(task.named_parameters())
@@ -99,8 +100,9 @@ def export(
 ) -> Path:
     """Write a committed checkpoint of ``output`` as a model folder.
 
-    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` and the
-    model card as ``card.json`` and ``README.md``.
+    The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` (or
+    ``tokenizer/``, and ``vae/``, where those came from a diffusers folder) and the model card as
+    ``card.json`` and ``README.md``.
 
     Args:
         which, weights: see `load_task`.
@@ -127,9 +129,8 @@ def export(
     _, state = task.model.portable()
     entries = [Entry.of(name, tensor) for name, tensor in state.items()]
     write(temporary / "model.safetensors", entries, {"format": "pt"})
-    storage.write_bytes(
-        str(temporary / "tokenizer.model"), storage.read_bytes(config.data.tokenizer)
-    )
+    tokenizer.save(temporary)
+    task.model.save_autoencoder(temporary)
     _write_json(temporary / "config.json", _definition(task, config, tokenizer))
     parameters = sum(tensor.numel() for tensor in state.values())
     made = card.make(output, config, checkpoint, kind, parameters, licence)

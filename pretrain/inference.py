@@ -6,6 +6,7 @@ DeepSpeed.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch import Tensor
 from pretrain.config import Config, build
 from pretrain.diffusion.sampler import Method, sample
 from pretrain.errors import ExportError
+from pretrain.model.autoencoder import Autoencoder, build_autoencoder
 from pretrain.model.diffdis import DiffDis, ModelConfig
+from pretrain.model.fresh import without_storage
+from pretrain.model.text_encoder import AnyTextEncoder, build_text_encoder
 from pretrain.rng import generator
 
 Array = npt.NDArray[np.float32]
@@ -189,9 +193,9 @@ class Predictor:
             raise ExportError(
                 f"folder={str(folder)!r} is not an exported model ({error}); run `export` first"
             ) from None
-        tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+        tokenizer = Tokenizer.of_model(folder)
         tokenizer.check(tree["tokenizer_sha256"])
-        model = new_model(build(ModelConfig, tree["model"], "model"), tokenizer)
+        model = new_model(build(ModelConfig, tree["model"], "model").within(folder), tokenizer)
         state = load_file(folder / "model.safetensors")
         missing, unexpected = model.load_state_dict(state, strict=False)
         if missing or unexpected:
@@ -293,12 +297,28 @@ class Predictor:
         return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
 
 
-def new_model(config: ModelConfig, tokenizer: Any) -> DiffDis:
-    """A freshly initialised network for ``tokenizer``."""
+def new_model(
+    config: ModelConfig, tokenizer: Any, like: DiffDis | None = None, storage: bool = True
+) -> DiffDis:
+    """A freshly initialised network for ``tokenizer``.
+
+    Args:
+        like: a network of the same configuration, whose frozen parts are used too.
+        storage: False leaves what is trained on the meta device, to be filled part by part.
+    """
     tokens, mask = tokenizer.encode([""], config.text_encoder.length)
-    model = DiffDis(config, tokenizer.vocab_size, tokens[0], mask[0])
+    autoencoder: Autoencoder | None = None
+    text_encoder: AnyTextEncoder | None = None
+    if like is not None:
+        autoencoder, text_encoder = like.autoencoder, like.frozen_text_encoder
+    elif not storage:  # frozen parts are whole in any case
+        autoencoder = build_autoencoder(config.autoencoder)
+        if config.text_encoder.frozen:
+            text_encoder = build_text_encoder(config.text_encoder, tokenizer.vocab_size)
+    with nullcontext() if storage else without_storage():
+        model = DiffDis(config, tokenizer.vocab_size, tokens[0], mask[0], autoencoder, text_encoder)
     if model.frozen_text_encoder is not None:
-        tokenizer.check(model.frozen_text_encoder.tokenizer_sha256)
+        model.frozen_text_encoder.check_tokenizer(tokenizer)
     return model
 
 

@@ -124,7 +124,8 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     for name, parameter in named:
         fitting = [prefix for prefix in config.rate_scales if name.startswith(prefix)]
         scale = config.rate_scales[max(fitting, key=len)] if fitting else 1.0
-        groups.setdefault((parameter.ndim > 1, scale), []).append(parameter)
+        whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may have cut it already
+        groups.setdefault((len(whole) > 1, scale), []).append(parameter)
     return [
         {
             "params": parameters,

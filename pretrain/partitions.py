@@ -165,6 +165,16 @@ class Partitions:
         self._fill({kind: self.like(read, kind) for kind in kinds}, steps)
         self._publish(read)
 
+    @torch.no_grad()
+    def refine(self, has: Callable[[str], bool], read: Callable[[str, int, int], Tensor]) -> None:
+        """Give the masters the values that their working weights are rounded from, where
+        ``has(parameter)``: ``read(parameter, start, stop)``."""
+        for piece in self.pieces:
+            if piece.flat < len(self.flats) and piece.stop > piece.start and has(piece.name):
+                value = read(piece.name, piece.start, piece.stop)
+                flat, at = self.flats[piece.flat], piece.offset
+                flat.data[at : at + len(value)].copy_(value)
+
     def like(self, read: Read, kind: str) -> list[Tensor]:
         """Tensors of the layout of `flats`, and for weights of `frozen`, filled from ``read``."""
         own = (*self.flats, *self.frozen) if kind == WEIGHTS else self.flats

@@ -25,6 +25,7 @@ from pretrain.evaluators.base import Evaluator, Subject
 from pretrain.flops import measured_peak, mfu, peak_flops, sample_flops
 from pretrain.guard import SCALE, Guard, Refusal
 from pretrain.inference import Heads, new_model
+from pretrain.pretrained import Pretrained
 from pretrain.profiling import Profiler, phase
 from pretrain.progress import Display, Progress
 from pretrain.run_config import EVALUATORS, RunConfig, check_evaluators
@@ -40,10 +41,20 @@ LEFT_OUT = "left_out.jsonl"
 _COPY_SECONDS = 15.0  # for copies of the last checkpoint, of the grace time after a signal
 
 
-def build_task(config: RunConfig, tokenizer: Tokenizer) -> PretrainTask:
-    """Model and objectives, freshly initialised from the run's seed: the same on every rank."""
+def build_task(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    like: PretrainTask | None = None,
+    storage: bool = True,
+) -> PretrainTask:
+    """Model and objectives, freshly initialised from the run's seed: the same on every rank.
+
+    Args:
+        like: a task of the same configuration, whose model's frozen parts are used too.
+        storage: False leaves the model's trained parts on the meta device, for the engine to fill.
+    """
     torch.manual_seed(config.seed)
-    model = new_model(config.model, tokenizer)
+    model = new_model(config.model, tokenizer, None if like is None else like.model, storage)
     return PretrainTask(model, check_objectives(config.objectives), config.task, config.seed)
 
 
@@ -108,14 +119,17 @@ class Run:
         watchdog.beat("check", 0)
         for evaluator in self.evaluators.values():
             evaluator.check(config.data, lambda: watchdog.beat("check", 0))
-        task = build_task(config, self.tokenizer)
+        pretrained = Pretrained(config.model)
+        self.task = build_task(config, self.tokenizer, storage=not pretrained)
         self.engine = Engine(
-            task,
+            self.task,
             config.engine.for_ranks(comm.world_size()),
             config.optimizer,
             config.training.global_batch,
             config.ema,
             self.guard,
+            pretrained,
+            config.seed,
         )
         self.loader = Loader(
             config.data,
@@ -125,7 +139,7 @@ class Run:
             comm.rank(),
             comm.world_size(),
         )
-        check_encodings(task.model, self.loader.encodings)
+        check_encodings(self.task.model, self.loader.encodings)
         self.checkpointer = Checkpointer(self.output / "checkpoints", config.checkpoint)
         if comm.is_main() and self.loader.advice:
             print(f"[data] {self.loader.advice}", flush=True)
@@ -292,7 +306,7 @@ class Run:
         self.watchdog.beat("evaluate", samples)
         try:
             with self.engine.evaluating(self.config.ema.use) as state:
-                task = build_task(self.config, self.tokenizer).to(comm.device()).eval()
+                task = build_task(self.config, self.tokenizer, self.task).to(comm.device()).eval()
                 task.load_state_dict(state, strict=True)
                 metrics, files = evaluate(
                     task,

@@ -1,5 +1,5 @@
-"""Text to token ids by sentencepiece; identified by the hash of its file, which travels with the
-weights."""
+"""Text to token ids by sentencepiece, or as a pretrained text encoder has it; identified by the
+hash of its files, which travel with the weights."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -10,22 +10,32 @@ import torch
 from torch import Tensor
 
 from pretrain import storage
+from pretrain.data.pretrained_tokenizer import PretrainedTokenizer, is_one
 from pretrain.errors import DataError, TokenizerMismatch
 
 PAD, UNKNOWN, BEGIN, END = 0, 1, 2, 3
 
 
 class Tokenizer:
-    """A sentencepiece model, ids ``[begin] pieces [end] pad…``.
+    """A sentencepiece model, ids ``[begin] pieces [end] pad…``; or one of transformers, whose ids
+    are as its text encoder was trained with.
 
     Args:
-        path: local file or URL of the ``.model``.
+        path: local file or URL of the ``.model``; or a folder of transformers' files.
+
+    Attributes:
+        pretrained: the tokenizer of transformers, where it is one.
 
     Raises:
         DataError: it is missing, not sentencepiece's, or has other special ids.
     """
 
     def __init__(self, path: str) -> None:
+        self.path = path
+        self.pretrained = PretrainedTokenizer(path) if is_one(path) else None
+        if self.pretrained is not None:
+            self.sha256 = self.pretrained.sha256
+            return
         try:
             data = storage.read_bytes(path)
         except FileNotFoundError:
@@ -50,11 +60,15 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
+        if self.pretrained is not None:
+            return self.pretrained.vocab_size
         return int(self._processor.GetPieceSize())
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         """Token ids (B, length) int64 and mask (B, length) bool; a longer text is cut, its end
         token kept."""
+        if self.pretrained is not None:
+            return self.pretrained.encode(texts, length)
         rows = []
         # (More threads than one are made anew at each call: it costs more than a batch's captions.)
         for pieces in self._processor.Encode(list(texts), num_threads=1):
@@ -65,7 +79,24 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
+        if self.pretrained is not None:
+            return self.pretrained.decode(ids)
         return str(self._processor.Decode([int(i) for i in ids]))
+
+    def save(self, folder: Path) -> None:
+        """Put its files into a model's folder, for `of_model`."""
+        if self.pretrained is None:
+            storage.write_bytes(str(folder / "tokenizer.model"), storage.read_bytes(self.path))
+            return
+        for name in self.pretrained.files:
+            data = (self.pretrained.folder / name).read_bytes()
+            storage.write_bytes(str(folder / "tokenizer" / name), data)
+
+    @classmethod
+    def of_model(cls, folder: Path) -> "Tokenizer":
+        """The one that `save` left in a model's folder."""
+        pretrained = folder / "tokenizer"
+        return cls(str(pretrained if pretrained.is_dir() else folder / "tokenizer.model"))
 
     def check(self, expected_sha256: str) -> None:
         """Refuse to go on with weights of another tokenizer.

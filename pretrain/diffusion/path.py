@@ -117,6 +117,11 @@ def build_path(config: StreamConfig) -> Path:
             "diffusion predict='v' needs a variance-preserving path (alpha^2 + sigma^2 = 1); "
             "use schedule.kind=scaled_linear with gamma=1, or predict=edm"
         )
+    if config.unit_start and isinstance(config.schedule, EDMConfig):
+        raise ConfigError(
+            "diffusion unit_start=true over schedule.kind=edm, whose chains start at sigma_max="
+            f"{config.schedule.sigma_max}; remove it"
+        )
     if config.predict == "eps" and isinstance(config.schedule, EDMConfig):
         raise ConfigError(
             "diffusion predict='eps' over schedule.kind=edm leaves the network's input unscaled "

@@ -18,7 +18,9 @@ Method = Literal["ddim", "dpmpp_2m", "heun"]
 
 
 def start(path: Path, eps: Tensor) -> Tensor:
-    """The state at t_max: sigma(t_max) times unit noise ``eps`` (B, ...)."""
+    """The state at t_max: sigma(t_max) times unit noise ``eps`` (B, ...), or that noise itself."""
+    if path.config.unit_start:
+        return eps
     return eps * path.schedule.sigma(torch.tensor([path.schedule.t_max])).to(eps)
 
 

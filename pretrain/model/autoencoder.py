@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from pretrain import hub
 from pretrain.config import Config
+from pretrain.errors import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Autoencoder(Protocol):
@@ -107,18 +111,38 @@ def _mix(rows: list[list[float]], images_BCHW: Tensor) -> Tensor:
 
 
 class Diffusers:
-    """AutoencoderKL or AutoencoderTiny, frozen; latents are scaled by the model's own factor."""
+    """AutoencoderKL or AutoencoderTiny, frozen; latents are scaled by the model's own factor.
+
+    Raises:
+        ConfigError: the folder holds no such autoencoder, or one of other latents.
+    """
 
     def __init__(self, config: DiffusersConfig) -> None:
         import diffusers
 
-        vae: Any = getattr(diffusers, config.model).from_pretrained(
-            config.path, subfolder=config.subfolder
-        )
+        field = "model.autoencoder"
+        folder = hub.folder(f"{field}.path", config.path, config.subfolder)
+        try:
+            vae: Any = getattr(diffusers, config.model).from_pretrained(
+                folder, torch_dtype=_DTYPES[config.precision], local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{field}.path={str(folder)!r} cannot be loaded as {config.model} ({why}); give "
+                f"the folder of one (subfolder: vae in a pipeline folder), or set {field}.model"
+            ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.channels = int(vae.config.latent_channels)
         self.factor = 2 ** (len(getattr(vae.config, "block_out_channels", [0] * 4)) - 1)
         self.scale = float(vae.config.scaling_factor)
+        for name in ("channels", "factor"):
+            given, own = getattr(config, name), getattr(self, name)
+            if given != own:
+                raise ConfigError(
+                    f"{field}.{name}={given}, but the autoencoder in path={str(folder)!r} has "
+                    f"{own}; set {field}.{name}: {own}"
+                )
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """DiffDis: text encoder and dual-stream U-Net under two diffusion paths; the stacked training
 pass."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from pretrain.diffusion.path import StreamConfig, build_path
 from pretrain.model.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
+    Diffusers,
+    DiffusersConfig,
     SpaceToDepthConfig,
     build_autoencoder,
 )
@@ -20,12 +23,16 @@ from pretrain.model.dual_stream import DualStreamUNet
 from pretrain.model.text_config import AnyTextConfig, TextEncoderConfig, with_kind
 from pretrain.model.text_encoder import (
     PREFIX,
+    AnyTextEncoder,
     FrozenTextEncoder,
     build_text_encoder,
 )
 from pretrain.model.text_stream import TextStreamConfig
+from pretrain.model.transformers_text import FrozenTransformers, TransformersTextEncoder
 from pretrain.model.unet import UNetConfig
 from pretrain.types import ModelOutput, Noised, TextFeatures
+
+EXPORTED_AUTOENCODER = "vae"  # its folder in that of an exported model
 
 
 class InitConfig(Config):
@@ -77,6 +84,23 @@ class ModelConfig(Config):
         """What the sides of a picture must be multiples of."""
         return self.autoencoder.factor * 2 ** (len(self.unet.channels) - 1)
 
+    def exact(self) -> "ModelConfig":
+        """The same model with its frozen parts in fp32, as inference and exports have them."""
+        parts = {n: getattr(self, n) for n in ("autoencoder", "text_encoder")}
+        changed = {
+            n: part.model_copy(update={"precision": "fp32"})
+            for n, part in parts.items()
+            if hasattr(part, "precision")
+        }
+        return self.model_copy(update=changed)
+
+    def within(self, folder: Path) -> "ModelConfig":
+        """The same model, with an autoencoder that lies in its own exported ``folder``."""
+        part = self.autoencoder
+        if isinstance(part, DiffusersConfig) and part.path == EXPORTED_AUTOENCODER:
+            part = part.model_copy(update={"path": str(folder / part.path)})
+        return self.model_copy(update={"autoencoder": part})
+
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         step = self.size_multiple
@@ -97,7 +121,7 @@ class DiffDis(nn.Module):
         config: its definition.
         vocab_size: of the tokenizer it is trained with.
         null_tokens_L, null_mask_L: the empty prompt, tokenised; it is the condition "no caption".
-        autoencoder: given where it was loaded already; else built from ``config``.
+        autoencoder, text_encoder: given where they were loaded already; else built from ``config``.
     """
 
     null_tokens_L: Tensor
@@ -110,6 +134,7 @@ class DiffDis(nn.Module):
         null_tokens_L: Tensor,
         null_mask_L: Tensor,
         autoencoder: Autoencoder | None = None,
+        text_encoder: AnyTextEncoder | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -118,7 +143,7 @@ class DiffDis(nn.Module):
         self.image_path = build_path(config.image_path)
         self.text_path = build_path(config.text_path)
         # No submodule where it is frozen, for the same reason.
-        self.text_encoder = build_text_encoder(config.text_encoder, vocab_size)
+        self.text_encoder = text_encoder or build_text_encoder(config.text_encoder, vocab_size)
         self.trunk = DualStreamUNet(
             config.unet,
             config.text_stream,
@@ -142,21 +167,32 @@ class DiffDis(nn.Module):
         return (self.autoencoder.channels, side, side)
 
     @property
-    def frozen_text_encoder(self) -> FrozenTextEncoder | None:
+    def frozen_text_encoder(self) -> FrozenTextEncoder | FrozenTransformers | None:
         """The text encoder where it is frozen."""
         encoder = self.text_encoder
-        return encoder if isinstance(encoder, FrozenTextEncoder) else None
+        return encoder if isinstance(encoder, FrozenTextEncoder | FrozenTransformers) else None
 
     def portable(self) -> tuple[ModelConfig, dict[str, Tensor]]:
         """Definition and weights that stand on their own: those of a frozen text encoder are among
-        them, so that nobody needs the folder they came from."""
+        them, and nobody needs the folders they came from."""
         weights = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        frozen = self.frozen_text_encoder
-        if frozen is None:
-            return self.config, weights
-        own = {PREFIX + name: p for name, p in frozen.encoder.named_parameters()}
-        text = self.config.text_encoder.model_copy(update={"frozen_from": None})
-        return self.config.model_copy(update={"text_encoder": text}), weights | own
+        frozen, text = self.frozen_text_encoder, self.config.text_encoder
+        if frozen is not None:
+            own = {PREFIX + name: p.float() for name, p in frozen.encoder.named_parameters()}
+            text, weights = frozen.portable(), weights | own
+        elif isinstance(self.text_encoder, TransformersTextEncoder):
+            text = self.text_encoder.portable()
+        changed: dict[str, Any] = {"text_encoder": text, "init": None}
+        image = self.config.autoencoder
+        if isinstance(image, DiffusersConfig):
+            place = {"path": EXPORTED_AUTOENCODER, "subfolder": None, "precision": "fp32"}
+            changed["autoencoder"] = image.model_copy(update=place)
+        return self.config.model_copy(update=changed), weights
+
+    def save_autoencoder(self, folder: Path) -> None:
+        """Put a pretrained autoencoder where `portable`'s definition has it in ``folder``."""
+        if isinstance(self.autoencoder, Diffusers):
+            self.autoencoder.vae.save_pretrained(folder / EXPORTED_AUTOENCODER)
 
     @property
     def dtype(self) -> torch.dtype:

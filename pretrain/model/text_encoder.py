@@ -6,7 +6,9 @@ hook.
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,12 @@ from torch import Tensor, nn
 
 from pretrain.config import build
 from pretrain.errors import ConfigError
+from pretrain.model.fresh import initialise
 from pretrain.model.identity import digest
 from pretrain.model.recompute import Recomputing
-from pretrain.model.text_config import TextEncoderConfig
+from pretrain.model.text_config import TextEncoderConfig, TransformersTextConfig
+from pretrain.model.transformers_text import FrozenTransformers, TransformersTextEncoder
+from pretrain.model.transformers_text import build as build_transformers
 from pretrain.types import TextFeatures
 
 PREFIX = "text_encoder."  # of its weights in an exported model
@@ -43,8 +48,8 @@ class TextEncoder(Recomputing):
         )
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Linear(config.width, config.query_dim, bias=False)
-        nn.init.normal_(self.token.weight, std=0.02)
-        nn.init.normal_(self.position.weight, std=0.01)
+        initialise(self.token, partial(_normal, std=0.02))
+        initialise(self.position, partial(_normal, std=0.01))
 
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor) -> TextFeatures:
         """Features of tokens; padding (mask False) is never attended to."""
@@ -59,6 +64,10 @@ class TextEncoder(Recomputing):
         last_B = mask_BL.sum(1) - 1  # the end token
         e_BE = self.query(c_BLD[torch.arange(len(c_BLD), device=c_BLD.device), last_B])
         return TextFeatures(c_BLD, F.normalize(e_BE.float(), dim=-1))
+
+
+def _normal(table: nn.Embedding, std: float) -> None:
+    nn.init.normal_(table.weight, std=std)
 
 
 class FrozenTextEncoder:
@@ -116,6 +125,18 @@ class FrozenTextEncoder:
         features: TextFeatures = self.encoder.to(tokens_BL.device)(tokens_BL, mask_BL)
         return features
 
+    def portable(self) -> TextEncoderConfig:
+        """The settings of an encoder whose weights stand beside the model's own."""
+        return self.config.model_copy(update={"frozen_from": None})
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that it was not trained with.
+
+        Raises:
+            TokenizerMismatch: it is another.
+        """
+        tokenizer.check(self.tokenizer_sha256)
+
     def check(self, config: TextEncoderConfig, vocab_size: int) -> None:
         """Refuse a configuration of another text encoder.
 
@@ -137,14 +158,19 @@ class FrozenTextEncoder:
             )
 
 
+AnyTextEncoder = TextEncoder | FrozenTextEncoder | TransformersTextEncoder | FrozenTransformers
+
+
 def build_text_encoder(
-    config: TextEncoderConfig, vocab_size: int
-) -> TextEncoder | FrozenTextEncoder:
-    """The text encoder of ``config``: a new one, or the frozen one of an exported model.
+    config: TextEncoderConfig | TransformersTextConfig, vocab_size: int
+) -> AnyTextEncoder:
+    """The text encoder of ``config``: a new one, or the frozen one of a folder.
 
     Raises:
         ConfigError: the folder of a frozen one holds none, or another.
     """
+    if isinstance(config, TransformersTextConfig):
+        return build_transformers(config, vocab_size)
     if config.frozen_from is None:
         return TextEncoder(config, vocab_size)
     frozen = FrozenTextEncoder(config.frozen_from)

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.model.fresh import initialise
 from pretrain.model.recompute import Recomputing
 
 
@@ -60,8 +61,7 @@ class TextStreamBlock(nn.Module):
         # e_t is nearly all noise of unit size. At the usual scale it drowns what attention brings
         # from the image (at the start another image turned ê_0 by a cosine of 0.93, another e_t by
         # 0.73; docs/LOG.md), and InfoNCE stays at chance for longer.
-        with torch.no_grad():
-            self.fc_in.weight.mul_(0.1)
+        initialise(self.fc_in, _quiet)
 
 
 class AlignmentHead(Recomputing):
@@ -88,7 +88,7 @@ class AlignmentHead(Recomputing):
         )
         self.norm = nn.LayerNorm(width)
         self.predictor = nn.Linear(width, query_dim)
-        nn.init.normal_(self.position.weight, std=0.02)
+        initialise(self.position, _near_zero)
 
     def forward(self, h_BE: Tensor, mid_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """ê_0, shape (B, E), not normalised; and the final text token it is read from, (B, W)."""
@@ -99,3 +99,11 @@ class AlignmentHead(Recomputing):
             x_BND = self.unit(block, x_BND)
         token_BW = self.norm(x_BND[:, 0])
         return self.predictor(token_BW), token_BW
+
+
+def _quiet(layer: nn.Linear) -> None:
+    layer.weight.mul_(0.1)
+
+
+def _near_zero(table: nn.Embedding) -> None:
+    nn.init.normal_(table.weight, std=0.02)

@@ -25,13 +25,16 @@ class DiffDisPipeline(DiffusionPipeline):
     Args:
         unet, text_encoder, scheduler: as `from_pretrained` loads them.
         vae: None where latents are blocks of pixels.
+        tokenizer: None where the text encoder has its own.
         image_size: pixels on a side.
         factor, shift: of the blocks: factor x factor pixels, less the shift, are the channels.
         start: scale of the first noise.
         steps, guidance_scale, last_noise: defaults of a call.
+        tokens, masks_padding: of a text under ``tokenizer``, and whether the text encoder is told
+            which of them are padding.
     """
 
-    _optional_components = ["vae"]  # noqa: RUF012
+    _optional_components = ["vae", "tokenizer"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class DiffDisPipeline(DiffusionPipeline):
         text_encoder: Any,
         scheduler: Any,
         vae: Any = None,
+        tokenizer: Any = None,
         image_size: int = 32,
         factor: int = 2,
         shift: float = 0.0,
@@ -46,9 +50,17 @@ class DiffDisPipeline(DiffusionPipeline):
         steps: int = 50,
         guidance_scale: float = 4.0,
         last_noise: float = 0.0,
+        tokens: int = 77,
+        masks_padding: bool = False,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, text_encoder=text_encoder, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            unet=unet,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+            vae=vae,
+            tokenizer=tokenizer,
+        )
         self.register_to_config(
             image_size=image_size,
             factor=factor,
@@ -57,6 +69,8 @@ class DiffDisPipeline(DiffusionPipeline):
             steps=steps,
             guidance_scale=guidance_scale,
             last_noise=last_noise,
+            tokens=tokens,
+            masks_padding=masks_padding,
         )
 
     @torch.no_grad()
@@ -84,7 +98,7 @@ class DiffDisPipeline(DiffusionPipeline):
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         last = self.config.last_noise if last_noise is None else last_noise
         device, dtype = self._execution_device, self.unet.dtype
-        c = self.text_encoder([*prompts, ""])[0].to(dtype)
+        c = self._condition([*prompts, ""]).to(dtype)
         c, null = c[:-1], c[-1:].expand(len(prompts), -1, -1)
         if latents is None:
             side = self.config.image_size // self.config.factor
@@ -110,6 +124,20 @@ class DiffDisPipeline(DiffusionPipeline):
             levels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             images = [Image.fromarray(one) for one in levels]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _condition(self, texts: list[str]) -> Tensor:
+        """The condition c, (B, L, D)."""
+        if self.tokenizer is None:
+            return self.text_encoder(texts)[0]
+        found = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.config.tokens,
+            return_tensors="pt",
+        ).to(self._execution_device)
+        mask = found.attention_mask if self.config.masks_padding else None
+        return self.text_encoder(found.input_ids, attention_mask=mask)[0]
 
     def _sigma(self, t: Tensor) -> float:
         return math.exp(4 * float(t))  # an EDM scheduler's time is ln(sigma) / 4

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SUMS = "SHA256SUMS"
-REQUIRED = ("config.json", "model.safetensors", "tokenizer.model")
+REQUIRED = ("config.json", "model.safetensors", "tokenizer.model")  # or the folder tokenizer
 # What the served model imports (a test compares); never deepspeed.
 REQUIREMENTS = (
     *("torch", "diffusers", "sentencepiece", "safetensors", "numpy", "pillow", "pandas"),
@@ -30,6 +30,8 @@ def check_exported(folder: Path) -> None:
     RegistryError: ``folder`` is no exported model, or holds a pickle.
     """
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if (folder / "tokenizer").is_dir() and "tokenizer.model" in missing:
+        missing.remove("tokenizer.model")
     if missing:
         raise RegistryError(
             f"model={str(folder)!r} lacks {', '.join(missing)}; give a folder of `pretrain export`"

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
         "errors config plugins remote storage comm types rng ops progress mlflow_env "
-        "stop watchdog sentinel profiling distances page/ pipeline_files/",
+        "hub stop watchdog sentinel profiling distances page/ pipeline_files/",
         "data/ diffusion/ model/ features/",
         "objectives/",
-        "task ema inference weights classifier diffusers_folder",
-        "engine engine_config optim partitions parts guard",
+        "task ema inference weights classifier diffusers_folder pipeline_parts pretrained describe",
+        "engine engine_config streaming optim partitions parts guard",
         "mirror checkpoint evaluators/ tracking/ registry/ pyfunc_model",
         "run_config plan abstract flops",
         "train export card heads_page ckpt_tools summary encode encoders suite results scorecard "
@@ -48,6 +48,7 @@ DEEPSPEED = {
     "pretrain/engine.py": "anywhere",
     "pretrain/ops.py": "in functions",
     "pretrain/export.py": "in functions",
+    "pretrain/streaming.py": "in functions",
 }
 
 
