@@ -40,6 +40,8 @@ def fill(task: nn.Module, pretrained: Pretrained, config: EngineConfig, seed: in
     for path, module in list(task.named_modules()):
         own = {n: p for n, p in module._parameters.items() if p is not None and p.is_meta}
         if not own:
+            if cut is not None:
+                cut(module)  # what was made whole, as objectives are
             continue
         names = {n: f"{path}.{n}" if path else n for n in own}
         for n, p in own.items():

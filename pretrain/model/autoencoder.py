@@ -124,7 +124,10 @@ class Diffusers:
         folder = hub.folder(f"{field}.path", config.path, config.subfolder)
         try:
             vae: Any = getattr(diffusers, config.model).from_pretrained(
-                folder, torch_dtype=_DTYPES[config.precision], local_files_only=True
+                folder,
+                torch_dtype=_DTYPES[config.precision],
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # it would need accelerate
             )
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]

@@ -196,6 +196,9 @@ class FrozenTransformers:
         self.folder = hub.folder(f"{FIELD}.path", config.path, config.subfolder, config.variant)
         own = shape(config.model_copy(update={"path": str(self.folder), "subfolder": None}))
         _, cls, more = _classes(config)
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             encoder, found = cls.from_pretrained(
                 self.folder,
