@@ -101,13 +101,14 @@ def check_unet(config: ModelConfig, folder: Path) -> None:
     Raises:
         ConfigError: it is another, with the field to change.
     """
-    wanted = build(UNetConfig, describe.unet(folder), "model.unet")
-    for name in UNetConfig.model_fields:
+    tree = describe.unet(folder)
+    wanted = build(UNetConfig, tree, "model.unet")
+    for name in tree:
         own, theirs = _resolved(config.unet, name), _resolved(wanted, name)
         if own != theirs:
             raise ConfigError(
                 f"model.unet.{name}={own}, but config.json of {str(folder)!r} says {theirs}; set "
-                f"model.unet.{name}: {theirs} (`python -m pretrain describe` prints all of it)"
+                f"model.unet.{name}: {tree[name]} (`python -m pretrain describe` prints all of it)"
             )
 
 

@@ -131,6 +131,13 @@ class TransformersTextEncoder(nn.Module):
         """Token ids that it knows."""
         return int(self.config.vocab_size)
 
+    def train(self, mode: bool = True) -> "TransformersTextEncoder":
+        """As of any module, but without the encoder's dropout: it would draw from a generator of
+        the process, and no draw here depends on anything but the sample."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor) -> TextFeatures:
         """Features of tokens. T5 and XLM-R do not attend to padding; CLIP does not see behind a
         token at all, and pads with tokens (Stable Diffusion's U-Net reads all of them)."""
