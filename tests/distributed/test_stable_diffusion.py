@@ -24,7 +24,7 @@ def overrides(folder: Path, output: Path, **text) -> list[str]:
         f"output={output}",
         *(f"{section}={json.dumps(fields)}" for section, fields in tree.items()),
         *(f"training.{name}" for name in (f"samples={STEPS * BATCH}", f"global_batch={BATCH}")),
-        *("engine.micro_batch=4", "engine.persist_parameters=0", "optimizer.lr=1e-4"),
+        *("engine.micro_batch=4", "engine.persist_parameters=4000", "optimizer.lr=1e-4"),
         *("optimizer.rate_scales={}", "optimizer.warmup_samples=0"),
         *("inference.sampler=ddim", "inference.last_noise=0", "data.jitter=0"),
         *(f"evaluators.{e}=null" for e in ("validation", "zero_shot", "retrieval", "samples")),
@@ -93,7 +93,11 @@ def folder(tmp_path_factory):
 
 def test_each_rank_starts_from_its_part_of_the_files(folder, tmp_path):
     """In bf16, with the text encoder trained too: the masters are the files' own fp32 values."""
-    settings = [*overrides(folder, tmp_path / "run", frozen=False), "engine.precision=bf16"]
+    settings = [
+        *overrides(folder, tmp_path / "run", frozen=False),
+        "engine.precision=bf16",
+        "engine.persist_parameters=0",
+    ]
     settings += ["data.tokens=12", "model.text_encoder.length=12"]
     first, second = ranks.run(f"{__name__}:start_here", 2, settings, True, timeout=600)
     for rank in (first, second):
