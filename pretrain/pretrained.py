@@ -71,7 +71,11 @@ class Pretrained:
             ConfigError: as `WeightFiles.check`.
         """
         for part in self._parts:
-            own = {n.removeprefix(part.begins): s for n, s in shapes.items() if part.begins in n}
+            own = {
+                n.removeprefix(part.begins): s
+                for n, s in shapes.items()
+                if n.startswith(part.begins)
+            }
             if not own:
                 raise AssertionError(f"no parameter begins with {part.begins}")
             prefix = part.files.prefix(own)
