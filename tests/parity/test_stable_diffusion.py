@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["red apple", "blue"], [0, 7], 5, 4.0
 
 
-@pytest.fixture(scope="module", params=["1", "2", "1, sharded", "1, tiny autoencoder"])
+@pytest.fixture(scope="module", params=["1, sharded", "2, tiny autoencoder"])
 def folder(request, tmp_path_factory):
     version = int(request.param[0])
     shard = "100KB" if "sharded" in request.param else "10GB"
