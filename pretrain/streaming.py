@@ -1,7 +1,7 @@
 """A task whose weights never lie whole on a rank: made without storage, then filled and cut one
 module at a time.
 
-A parameter that starts from a file is cut before anything is read; each rank then reads the rows of
+A parameter that starts from a file is cut before anything is read; each rank then reads the bytes of
 its own part. Over all ranks each byte of the files is read about once. What has no file is made
 anew, from a seed of its own name, so any number of ranks starts from the same weights.
 """

@@ -1,5 +1,6 @@
 """How much of a large model a rank holds while it takes its part of the weights from files."""
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def load_here(folder: str, streaming: bool) -> dict[str, float]:
     pretrained = Pretrained(config)
     warm = new_model(build(ModelConfig, {}), tokenizer)  # what imports and first calls take
     del warm
+    # What was freed and is still resident would be used again, and not counted.
+    ctypes.CDLL(None).malloc_trim(0)
     forget_peak()
     before = peak_mib()
     model = new_model(config, tokenizer, storage=not streaming)
