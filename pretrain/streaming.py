@@ -1,8 +1,8 @@
 """A task whose weights never lie whole on a rank: made without storage, then filled and cut one
 module at a time.
 
-A parameter that starts from a file is cut before anything is read; each rank then reads the bytes of
-its own part. Over all ranks each byte of the files is read about once. What has no file is made
+A parameter that starts from a file is cut before anything is read; each rank then reads the bytes
+of its own part. Over all ranks each byte of the files is read about once. What has no file is made
 anew, from a seed of its own name, so any number of ranks starts from the same weights.
 """
 
@@ -90,7 +90,9 @@ class _Cutter:
     def __call__(self, module: nn.Module) -> None:
         import deepspeed
 
-        parameters = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
+        parameters: list[Any] = [
+            p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")
+        ]
         for p in parameters:
             p.data = p.data.to(self._dtype)
         if self._convert is not None:

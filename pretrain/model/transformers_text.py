@@ -104,7 +104,8 @@ class TransformersTextEncoder(nn.Module):
             tower.embeddings = _ClipEmbeddings(tower.embeddings)
         elif self.kind == "t5":
             # Tied to `shared`, which is what is called here: one name for one tensor.
-            self.encoder.encoder.embed_tokens = None
+            stack: Any = self.encoder.encoder
+            stack.embed_tokens = None
         self.projects = config.query == "projection"
         self.query = (
             nn.Linear(config.width, config.query_dim, bias=False)
