@@ -13,7 +13,7 @@ from tests.support import ranks, stable_diffusion
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STEPS, BATCH = 20, 8
-TOLERANCE = 1e-4  # of pixels in [-1, 1], fp32, after training; measured 2e-6
+TOLERANCE = 1e-4  # of pixels in [-1, 1], fp32, after training
 
 
 def overrides(folder: Path, output: Path, **text) -> list[str]:
@@ -24,7 +24,7 @@ def overrides(folder: Path, output: Path, **text) -> list[str]:
         f"output={output}",
         *(f"{section}={json.dumps(fields)}" for section, fields in tree.items()),
         *(f"training.{name}" for name in (f"samples={STEPS * BATCH}", f"global_batch={BATCH}")),
-        *("engine.micro_batch=4", "engine.persist_parameters=4000", "optimizer.lr=1e-4"),
+        *("engine.micro_batch=4", "engine.persist_parameters=10_000", "optimizer.lr=1e-4"),
         *("optimizer.rate_scales={}", "optimizer.warmup_samples=0"),
         *("inference.sampler=ddim", "inference.last_noise=0", "data.jitter=0"),
         *(f"evaluators.{e}=null" for e in ("validation", "zero_shot", "retrieval", "samples")),
@@ -77,12 +77,10 @@ def start_here(settings: list[str], step: bool) -> dict[str, float]:
     loss = 0.0
     if step:
         batch = tiny.batch(BATCH // comm.world_size(), comm.rank() * BATCH // comm.world_size())
-        for _ in range(2):
-            loss = float(engine.step(batch, 1e-3).loss)
+        loss = float(engine.step(batch, 1e-3).loss)
     total = sum(value.numel() for value in state.values())
     return {
         **{"far": far, "read": read, "held": held, "total": total, "fresh": fresh, "loss": loss},
-        "decayed": sum(len(g["params"]) for g in engine._optimizer.param_groups),
     }
 
 
