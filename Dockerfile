@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 #
-# The image of a rank. Never built where it was written: those machines have no container engine. What it runs
-# (the pinned requirements, `python -m pretrain`, `python -m launcher`) is tested there without it.
+# The image of a rank. Not built to its end where it was written (docs/LAUNCH.md says how far). What it runs (the pinned
+# requirements, `python -m pretrain`, `python -m launcher`) is tested there without it.
 #
 #   docker build -t diffdis-pretrain .                                       CUDA: pip's torch brings its own libraries
 #   docker build -t diffdis-pretrain:cpu --build-arg FLAVOR=cpu .            CPU only, several GB smaller
@@ -30,6 +30,8 @@ RUN apt-get update \
 # The environment, in a stage of its own: compilers and build leftovers stay behind.
 FROM base AS environment
 ARG FLAVOR=cuda
+# Where torch for CPUs comes from; a mirror of it, where that cannot be reached.
+ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential python3-dev \
@@ -39,7 +41,7 @@ COPY requirements.txt /tmp/requirements.txt
 RUN python3 -m venv /opt/venv \
     && case "${FLAVOR}" in \
          cuda) ;; \
-         cpu) export PIP_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
+         cpu) export PIP_INDEX_URL="${CPU_INDEX}" ;; \
          *) echo "FLAVOR=${FLAVOR} must be cuda or cpu" >&2; exit 1 ;; \
        esac \
     && grep '^torch==' /tmp/requirements.txt > /tmp/torch.txt \

@@ -9,8 +9,8 @@ from importlib import import_module
 from launcher import backends, jobfile
 from launcher.handle import ENDED, Status, truth
 from launcher.job import JobError, JobSpec
-from launcher.marker import read_tracked
 from launcher.plan import Plan
+from launcher.tracked import Tracked
 
 VERBS = ("submit", "status", "logs", "cancel", "preflight")
 _POLL_SECONDS = 10.0
@@ -68,9 +68,9 @@ def _report(plan: Plan, status: Status) -> int:
     code = "" if status.code is None else f", exit code {status.code}"
     detail = f" ({status.detail})" if status.detail else ""
     print(f"{plan.name}: {status.state}{code}{detail}")
-    tracked = read_tracked(plan.output)
+    tracked = Tracked.read(plan.output)
     if tracked is not None:
-        print(f"{plan.name}: MLflow run {tracked[0]} at {tracked[1]}")
+        print(f"{plan.name}: {tracked.describe(plan.output, status.state in ENDED)}")
     return status.exit_code()
 
 

@@ -18,15 +18,17 @@ from launcher.handle import marker_before
 from launcher.launch import Launch
 from launcher.monitor import Monitor
 from launcher.plan import Plan
+from launcher.records import REQUEUE_EXIT_CODE
 from launcher.restarts import Restarts
 
 UNREACHABLE_EXIT_CODE = 69  # EX_UNAVAILABLE
-REQUEUE_EXIT_CODE = 75  # of the trainer: stopped by a signal, its state is saved
 WRONG_EXIT_CODE = 2  # of the trainer: an error that comes again
 # Names of variables that go from here to every rank, in the ticket: no command line holds them.
 _PASSED = ("AWS_", "DS_", "GLOO_", "GOOGLE_", "HF_", "MLFLOW_", "NCCL_", "OMP_", "TORCH_", "UCX_")
-# deepspeed's and ssh's own needs. It would put MLFLOW_*, UCX_* and NCCL_* on a command line.
+# What deepspeed, ssh, Open MPI and MPICH need themselves. deepspeed would put MLFLOW_*, UCX_* and
+# NCCL_* on a command line.
 _KEPT = {"HOME", "LANG", "LOGNAME", "PATH", "SHELL", "SSH_AUTH_SOCK", "TMPDIR", "USER"}
+_KEPT_BEGINNINGS = ("LC_", "OMPI_", "PRTE_", "HYDRA_")
 _ASK_SECONDS = 60.0
 _END_SECONDS = 10.0  # for ranks that cannot save any more: one of them is gone
 _LEFT_SECONDS = 20.0  # for the ranks that wait for one that ended badly, until they notice
@@ -93,6 +95,7 @@ class Attempts:
             attempt,
             options["silent_seconds"],
             _LEFT_SECONDS,
+            self.launch.grace_seconds,
             pdsh,
         )
         outcome = supervise.run(
@@ -107,7 +110,7 @@ class Attempts:
             self.launch.grace_seconds,
             deliver=lambda _, number: self._signal(hosts, number),
             watch=monitor.look,
-            inherit=lambda name: name in _KEPT or name.startswith("LC_"),
+            inherit=lambda name: name in _KEPT or name.startswith(_KEPT_BEGINNINGS),
             cwd=self.launch.code,
         )
         broken = outcome.ended is not None or records.ends(self.ranks, attempt)
@@ -128,6 +131,7 @@ class Attempts:
                 "env": self.env,
                 "address": launch.options["main_address"] or "",
                 "port": launch.port,
+                "grace_seconds": launch.grace_seconds,
             },
         }
         ready = []

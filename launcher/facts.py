@@ -3,23 +3,21 @@
 Every fact is there or has a reason why not: {"value": ...} or {"error": "..."}.
 """
 
-import base64
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import socket
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_HTTP_SECONDS = 10.0
+from launcher.tracked import ask
+
 _DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg", "accel[0-9]*")
 
 
@@ -132,16 +130,5 @@ def _mlflow(uri: str | None) -> str:
     """Asks the server for one experiment, with the credentials that MLflow's client would use."""
     if not uri or not uri.startswith("http"):
         return "no server"
-    headers = {"Content-Type": "application/json"}
-    token, user = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("TOKEN", "USERNAME"))
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    elif user:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
-        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    url = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
-    body = json.dumps({"max_results": 1}).encode()
-    asked = urllib.request.Request(url, body, headers)
-    with urllib.request.urlopen(asked, timeout=_HTTP_SECONDS) as reply:
-        json.load(reply)
+    ask(uri, "experiments/search", {"max_results": 1})
     return "answers"

@@ -31,6 +31,7 @@ _SOURCE = re.compile(r"(host|pvc|efs|nfs|s3|gs):.+")
 _SECRET_FIELDS = {"secret", "password", "passwd", "token", "key", "credential", "credentials"}
 
 OUTPUT_FIELD = "output"  # the field of the run's configuration that names its output folder
+GRACE_SECONDS = 120  # as launcher.supervise's, which `launcher node` grants if it is told nothing
 DEFAULT_PORT = 29_500  # of the rendezvous, where a host runs one job
 
 O = TypeVar("O", bound=Described)  # noqa: E741
@@ -129,7 +130,7 @@ class JobSpec(Described):
     secrets: Variables = {}  # noqa: RUF012
     storage: Annotated[tuple[Mount, ...], Strict(False)] = ()
     time_limit_minutes: int | None = None
-    grace_seconds: int = 120
+    grace_seconds: int = GRACE_SECONDS
     retries: int = 0
     preemptible: bool = False
     port: int | None = None
@@ -213,8 +214,8 @@ class JobSpec(Described):
         rank and rank 0's address in the variables of ``scheduler`` (the backend's name), reads the
         secrets that lie in files, and runs `deepspeed --no_ssh` with what follows the `--`.
 
-        Words: python -m launcher node --scheduler S --nodes N --ranks R [--port P] --output O
-        [--secret NAME=file:/path]... -- MODULE ARGUMENTS...
+        Words: python -m launcher node --scheduler S --nodes N --ranks R [--port P] [--grace S]
+        --output O [--secret NAME=file:/path]... -- MODULE ARGUMENTS...
         """
         files = [
             f"{name}={reference}"
@@ -225,6 +226,7 @@ class JobSpec(Described):
             *(self.environment.python, "-m", "launcher", "node"),
             *("--scheduler", scheduler, "--nodes", str(self.nodes), "--ranks", str(self.ranks())),
             *(("--port", str(self.port)) if self.port else ()),
+            *(("--grace", str(self.grace_seconds)) if self.grace_seconds != GRACE_SECONDS else ()),
             *("--output", self.output),
             *(part for file in files for part in ("--secret", file)),
             *("--", self.module, *self.arguments()),

@@ -12,16 +12,22 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launcher import init, records, secrets, supervise
 from launcher.marker import read_marker
+from launcher.monitor import Monitor
+from launcher.records import REQUEUE_EXIT_CODE
 from launcher.rendezvous import NodePlace, node_place
 from launcher.strict import JobError
 from launcher.ticket import Ticket, remove
 
-REQUEUE_EXIT_CODE = 75  # of the trainer: stopped by a signal, its state is saved
+_LOOK_SECONDS = 10.0
+_SILENT_SECONDS = 120.0  # without a heartbeat, after which a rank is lost
+_LEFT_SECONDS = 30.0  # for this node's ranks to notice that one of another node has failed
+_SAVED_SECONDS = 900.0  # to save, after another node has: the scheduler's own grace is shorter
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         place = node_place(os.environ, args.scheduler, args.nodes, args.port)
         values = secrets.resolve(dict(_secret(text) for text in args.secret))
-        return _Node(place, args.ranks, args.output, args.command, values).run()
+        return _Node(place, args.ranks, args.output, args.command, values, args.grace).run()
     except JobError as error:  # here too: in process 1 this is a child
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,13 +81,22 @@ class _Node:
         output: str,
         command: Sequence[str],
         values: dict[str, str],
+        grace_seconds: float,
     ) -> None:
         self.place, self.slots, self.output = place, ranks, output
+        self.grace_seconds = grace_seconds
         self.records, self.attempt = records.folder(output), attempt(os.environ)
         # Nodes may share a home.
         self.ticket = f"{self.attempt}-{os.uname().nodename}-{place.rank}-{os.getpid()}"
         argv = (sys.executable, "-u", "-m", *command)
-        self._ticket = Ticket(str(self.records), self.attempt, argv, values, fenced=False)
+        self._ticket = Ticket(
+            str(self.records),
+            self.attempt,
+            argv,
+            values,
+            fenced=False,
+            grace_seconds=grace_seconds,
+        )
 
     def run(self) -> int:
         """Start the ranks and wait for them."""
@@ -93,6 +108,9 @@ class _Node:
         )
         before = read_marker(self.output) if place.rank == 0 else None
         records.forget_ends(self.records, self.attempt, self._own())
+        old = records.ends(
+            self.records, self.attempt
+        )  # other nodes'; they forget them, perhaps later
         # While the ranks run, `supervise.run` has the signals. One that comes after them, as from
         # srun when another node has ended, must not hide how they ended.
         for number in supervise.STOP_SIGNALS:
@@ -104,12 +122,17 @@ class _Node:
                 hostfile.write("".join(f"node-{n} slots={self.slots}\n" for n in hosts))
                 hostfile.flush()
                 outcome = supervise.run(
-                    self._command(hostfile.name), _environment(), self._log(), ignored=_IGNORED
+                    self._command(hostfile.name),
+                    _environment(),
+                    self._log(),
+                    self.grace_seconds,
+                    watch=self._watch(),
+                    ignored=_IGNORED,
                 )
         finally:
             remove(self.ticket)
         code = outcome.code
-        ended = records.ends(self.records, self.attempt)
+        ended = records.ends(self.records, self.attempt, old)
         own = [e.code for e in ended if e.rank in self._own()]
         if own == [REQUEUE_EXIT_CODE] * self.slots:
             # Whatever befell deepspeed after them: when a node ends with 75, srun terminates the
@@ -122,6 +145,8 @@ class _Node:
             if after is None or after == before:
                 print("[launcher] the ranks ended without an end marker", file=sys.stderr)
                 code = 1
+        if outcome.ended is not None:
+            print(f"[launcher] was ended: {outcome.ended}", file=sys.stderr, flush=True)
         first = records.first_failure([e for e in ended if e.code != REQUEUE_EXIT_CODE])
         if code not in (0, REQUEUE_EXIT_CODE) and first is not None:
             path = records.log(self.records, self.attempt, first.rank)
@@ -132,6 +157,29 @@ class _Node:
                 flush=True,
             )
         return code
+
+    def _watch(self) -> Callable[[], str | None]:
+        """Sees a rank of this node that hangs, and one of any node that has failed, where the
+        output is storage that the nodes share: else only this node's."""
+        monitor = Monitor(
+            Path(self.output),
+            self.records,
+            self.attempt,
+            _SILENT_SECONDS,
+            _LEFT_SECONDS,
+            _SAVED_SECONDS,
+            own=self._own(),
+        )
+        look_at = 0.0
+
+        def look() -> str | None:
+            nonlocal look_at
+            if time.monotonic() < look_at:
+                return None
+            look_at = time.monotonic() + _LOOK_SECONDS
+            return monitor.look()
+
+        return look
 
     def _own(self) -> range:
         """The ranks of this node."""
@@ -172,6 +220,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, help="of the job")
     parser.add_argument("--ranks", type=int, default=1, help="on this node (default: 1)")
     parser.add_argument("--port", type=int, help="of the main node")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=supervise.GRACE_SECONDS,
+        metavar="SECONDS",
+        help="for the ranks to save after a stop (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, help="folder or URL of the run")
     parser.add_argument("--secret", action="append", default=[], metavar="NAME=file:/path")
     parser.add_argument("command", nargs="+", metavar="MODULE ARGUMENT", help="after --")

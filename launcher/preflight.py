@@ -26,6 +26,7 @@ PAIRS_SECONDS = 45.0
 SKEW_SECONDS = 5.0  # S3 refuses requests from 15 minutes on; logs of ranks are read side by side
 DISK_GIB = 5.0
 SLOW_STEP, SLOW_LINK = 1.5, 0.5  # times the median: longer than that, narrower than that
+SLOW_ANSWER, SLOW_ANSWER_SECONDS = 4.0, 0.001  # times the median, and at least so much above it
 _URL = re.compile(r"(s3|gs|gcs|abfs|https?)://[^\s'\"]+")
 _WRITTEN = ("copy_to", "output")  # fields whose URLs are written to
 
@@ -152,6 +153,17 @@ def slow(hosts: Sequence[str], measured: Mapping[str, dict[str, Any]]) -> list[F
             said = f"slow: {rate / 1e6:.0f} MB/s with the others, which have {best / 1e6:.0f}"
             remedy = "see its cable, port and interface (NCCL_SOCKET_IFNAME); or leave it out"
             found.append(Finding(host, "link", said, remedy, bad=False))
+    # Of its quickest pair: what is slow with each of the others is slow itself.
+    answers = {h: min(p[1] for p in r["pairs"]) for h, r in measured.items()}
+    usual = statistics.median_low(list(answers.values()))
+    for host, seconds in answers.items():
+        late = seconds > max(SLOW_ANSWER * usual, usual + SLOW_ANSWER_SECONDS)
+        if len(hosts) > 2 and late:
+            said = f"slow: answers the others in {1e3 * seconds:.1f} ms, they in {1e3 * usual:.1f}"
+            remedy = (
+                "see where it stands in the network and what else uses its link; or leave it out"
+            )
+            found.append(Finding(host, "latency", said, remedy, bad=False))
     return found
 
 

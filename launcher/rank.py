@@ -46,6 +46,7 @@ def run(ticket: Ticket) -> int:
         ticket.argv,
         {**env, **place.environment(), "LAUNCHER_ATTEMPT": attempt},
         log,
+        ticket.grace_seconds,
         deliver=supervise.to_process,
         watch=fenced,
         started=lambda pid: records.begin(

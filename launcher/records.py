@@ -14,11 +14,12 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+REQUEUE_EXIT_CODE = 75  # of the trainer: stopped by a signal, its state is saved
 _TRACEBACK = "Traceback (most recent call last)"
 _LOG_BYTES = 256 * 1024
 
@@ -150,15 +151,15 @@ def read(ranks: Path, attempt: str = "*") -> list[Record]:
     return found
 
 
-def ends(ranks: Path, attempt: str) -> list[End]:
-    """Of an attempt, the first one first."""
+def ends(ranks: Path, attempt: str, old: Collection[End] = ()) -> list[End]:
+    """Of an attempt, the first one first; without those ``old`` ones that were there before it."""
     found = []
     for path in ranks.glob(f"{attempt}/[0-9]*.end"):
         with suppress(OSError, ValueError, KeyError):
             tree = json.loads(path.read_text(encoding="utf-8"))
             at = path.stat().st_mtime
             found.append(End(int(path.stem), str(tree["host"]), int(tree["code"]), at))
-    return sorted(found, key=lambda e: (e.at, e.rank))
+    return sorted((e for e in found if e not in old), key=lambda e: (e.at, e.rank))
 
 
 def first_failure(ended: Sequence[End]) -> End | None:
@@ -168,6 +169,25 @@ def first_failure(ended: Sequence[End]) -> End | None:
     failed = [e for e in ended if e.code]
     near = [e for e in failed if e.at - failed[0].at <= 1.0]
     return min(near, key=lambda e: (e.code == 1, e.at), default=None)
+
+
+def first_traceback(path: Path, since: int = 0) -> str:
+    """The first traceback in a log that several ranks share, from byte ``since`` on; "" if there is
+    none. torch begins each line of one with its rank's number, which tells them apart."""
+    lines: list[str] = []
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(since)
+        for raw in file:
+            line = raw.decode(errors="replace").rstrip()
+            if not lines:
+                before, found, _ = line.partition(_TRACEBACK)
+                lines = [line] if found else []
+            elif line.startswith(before):
+                lines.append(line)
+                inner = line.removeprefix(before)
+                if len(lines) == 80 or (inner and not inner.startswith(" ")):
+                    break  # its last line says what was raised
+    return "\n".join(lines)
 
 
 def last_words(path: Path, lines: int = 20) -> str:

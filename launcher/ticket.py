@@ -22,6 +22,7 @@ class Ticket:
     ranks: folder of their records. attempt: name of this one. argv: the command.
     env: its variables, secrets among them. address, port: of rank 0, if the launcher says none.
     fenced: whether the rank ends when another attempt is allowed (`records.allow`).
+    grace_seconds: that it has to save after a stop.
     """
 
     ranks: str
@@ -31,6 +32,7 @@ class Ticket:
     address: str = ""
     port: int = 0
     fenced: bool = True
+    grace_seconds: float = 120.0
 
     def write(self, name: str) -> None:
         """Leave it on this host."""

@@ -1,7 +1,7 @@
 """The task of a run on the meta device: every shape and type, no storage. So it can be counted and
 measured before anything is held."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -102,29 +102,55 @@ class AbstractRun:
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(note: Callable[[int, int], None] | None = None) -> Iterator[None]:
     """Attention keeps what a fused kernel keeps, which CPU and CUDA run: its inputs, its output and
-    a number a row. (The meta device has no such kernel; it would keep whole attention matrices.)"""
-    with mock.patch.object(F, "scaled_dot_product_attention", _attend):
+    a number a row. (The meta device has no such kernel; it would keep whole attention matrices.)
+
+    Args:
+        note: is told (operations, bytes) of each forward and each backward pass. A fused backward
+            pass computes the matrix of attention again: 2.5 times the operations of the forward.
+    """
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> Any:
+        return _FusedAttention.apply(query, key, value, attn_mask, note)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any):  # type: ignore[no-untyped-def]
-    return _FusedAttention.apply(query, key, value, attn_mask)
 
 
 class _FusedAttention(torch.autograd.Function):
     """The shapes of fused attention; its numbers mean nothing."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        note: Callable[[int, int], None] | None,
+    ) -> Tensor:
         # The kernels write (batch, tokens, heads, width) and return it transposed.
         result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, result, rows)
+        ctx.note, ctx.flops = note, 4 * query.numel() * key.shape[-2]
+        ctx.nbytes = 2 * query.nbytes + key.nbytes + value.nbytes
+        if note is not None:
+            note(ctx.flops, ctx.nbytes)
         return result.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         query, key, value, *_rest = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        if ctx.note is not None:
+            ctx.note(ctx.flops * 5 // 2, 2 * ctx.nbytes)
+        return (
+            torch.empty_like(query),
+            torch.empty_like(key),
+            torch.empty_like(value),
+            None,
+            None,
+        )

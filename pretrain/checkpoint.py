@@ -195,7 +195,7 @@ class Checkpointer:
             if failed:
                 save.aborted.set()  # rank 0 may be waiting for the receipt of a rank that failed
             save.thread.join()
-            errors = [e for e in comm.gather_objects(save.error) if e]
+            errors = _any_of(save.error)
             if errors:
                 self.failures += 1
                 if comm.is_main():
@@ -283,8 +283,10 @@ class Checkpointer:
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with its files, each rank having read its share of them. Collective."""
-        mine = damage(folder, comm.rank(), comm.world_size())
-        return next((problem for problem in comm.gather_objects(mine) if problem), None)
+        # One rank reads the manifest: it is as long as there are ranks.
+        manifest = comm.broadcast_object(read_manifest(folder) if comm.is_main() else None)
+        mine = damage(folder, comm.rank(), comm.world_size(), manifest)
+        return next(iter(_any_of(mine)), None)
 
     # --- in the thread of the save, where no collective may run ----------------------------------
 
@@ -383,21 +385,36 @@ def list_committed(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
+def read_manifest(folder: Path) -> dict[str, Any] | str:
+    """Size and hash of every file of a committed checkpoint, by name; or what is wrong with the
+    manifest."""
+    try:
+        manifest: dict[str, Any] = json.loads(
+            (folder / "manifest.json").read_text(encoding="utf-8")
+        )
+        for needed in (STATE, "run.json"):
+            if needed not in manifest:
+                return f"manifest.json does not list {needed}"
+    except (OSError, ValueError, TypeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    return manifest
+
+
+def damage(
+    folder: Path, rank: int = 0, world: int = 1, manifest: dict[str, Any] | str | None = None
+) -> str | None:
     """What is wrong with a committed checkpoint's files, or None if every size and hash agrees.
 
     Args:
         folder: of the checkpoint.
         rank, world: read every ``world``-th file only, from the ``rank``-th on.
+        manifest: from `read_manifest`, if it was read already.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        names = sorted(manifest)
-        for needed in (STATE, "run.json"):
-            if needed not in manifest:
-                return f"manifest.json does not list {needed}"
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be read ({error})"
+    if manifest is None:
+        manifest = read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    names = sorted(manifest)
     for name in names[rank::world]:
         facts, path = manifest[name], folder / name
         if not path.is_file():
@@ -407,6 +424,14 @@ def damage(folder: Path, rank: int = 0, world: int = 1) -> str | None:
         if storage.sha256(str(path)) != facts["sha256"]:
             return f"{name} has changed since it was written"
     return None
+
+
+def _any_of(problem: str | None) -> list[str]:
+    """The problems of all ranks, in rank order. Collective: one scalar where there are none, for
+    texts of every rank to every rank grow with the square of the ranks."""
+    if not comm.agree_any(problem is not None):
+        return []
+    return [text for text in comm.gather_objects(problem) if text]
 
 
 def _sync(folder: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.abstract import AbstractRun
+from pretrain.hardware import PEAKS, WITHOUT_BF16
 from pretrain.run_config import RunConfig
 
 # The beginnings of the names of each component's modules below the task; the first that fits.
@@ -31,27 +32,6 @@ COMPONENTS = (
     ("", "objectives"),
 )
 
-# Dense operations per second by the name that CUDA gives the device, from NVIDIA's data sheets
-# (their figures with sparsity, halved): matrix products in bf16 or fp16 on tensor cores, and fp32
-# outside them (torch's default: TF32 is off for matrix products). The first name that fits.
-PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("B200", 2250e12, 75e12),  # HGX B200: eight of them 36e15 sparse, 600e12 fp32
-    ("H200 NVL", 835e12, 60e12),
-    ("H200", 989e12, 67e12),
-    ("H100 NVL", 835e12, 60e12),
-    ("H100 PCIe", 756e12, 51e12),
-    ("H100", 989e12, 67e12),
-    ("A100", 312e12, 19.5e12),
-    ("L40S", 362e12, 91.6e12),
-    ("L40", 181e12, 90.5e12),
-    ("L4", 121e12, 30.3e12),
-    ("A10G", 70e12, 31.5e12),
-    ("A10", 125e12, 31.2e12),
-    ("V100", 125e12, 15.7e12),
-    ("T4", 65e12, 8.1e12),
-)
-WITHOUT_BF16 = ("V100", "T4")
-
 
 def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
     """Operations of one training step for one sample, by component.
@@ -65,8 +45,13 @@ def sample_flops(config: RunConfig, vocab_size: int) -> dict[str, float]:
         config: the run; its engine.micro_batch says what a pass of the null prompt is shared by.
         vocab_size: of its tokenizer.
     """
-    run = AbstractRun(config, vocab_size)
-    n = config.engine.micro_batch
+    return flops_of(AbstractRun(config, vocab_size))
+
+
+def flops_of(run: AbstractRun) -> dict[str, float]:
+    """The same, of a run that stands on the meta device already. Afterwards none of its parameters
+    needs a gradient: it can be asked nothing else."""
+    n = run.config.engine.micro_batch
     learns = {name for name, p in run.task.named_parameters() if p.requires_grad}
     # torch's counter fails where a module answers with a view of a parameter that needs a gradient.
     run.task.requires_grad_(False)

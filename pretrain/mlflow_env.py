@@ -3,11 +3,15 @@
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pretrain.errors import ConfigError
+
+# Secrets that change while a process runs are read from files: variable + _FILE names one.
+_FROM_FILES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 # Defaults only: what the user has set in the environment wins.
 DEFAULTS = {
@@ -30,11 +34,25 @@ def load() -> ModuleType:
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    read_credentials()
     import mlflow
 
     # Alembic tells of some fifty migrations when a SQLite file is new.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return mlflow
+
+
+def read_credentials() -> None:
+    """Set MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN anew from the files that
+    MLFLOW_TRACKING_USERNAME_FILE, ... name, where they do. MLflow looks at the variables in every
+    request. A file that is missing or empty, as in the midst of a change, changes nothing.
+    """
+    for name in _FROM_FILES:
+        path = os.environ.get(f"{name}_FILE")
+        if path:
+            with suppress(OSError, UnicodeDecodeError):
+                if value := Path(path).read_text(encoding="utf-8").strip():
+                    os.environ[name] = value
 
 
 def resolve_uri(uri: str | None, default: str) -> str:

@@ -16,8 +16,9 @@ from pretrain.abstract import AbstractRun, fused_attention
 from pretrain.data.source import Source
 from pretrain.engine_config import EngineConfig, accumulation
 from pretrain.errors import ConfigError
-from pretrain.flops import sample_flops
+from pretrain.flops import flops_of
 from pretrain.model.recompute import set_recompute
+from pretrain.model.text_config import TransformersTextConfig
 from pretrain.run_config import RunConfig
 from pretrain.task import check_objectives
 
@@ -88,10 +89,11 @@ def count_parameters(config: RunConfig, vocab_size: int) -> Parameters:
         config: the run.
         vocab_size: of its tokenizer.
     """
-    return _count(AbstractRun(config, vocab_size))
+    return count(AbstractRun(config, vocab_size))
 
 
-def _count(run: AbstractRun) -> Parameters:
+def count(run: AbstractRun) -> Parameters:
+    """The same, of a run that stands on the meta device already."""
     task, outside = run.task, run.config.model.text_encoder.frozen
     model = task.model
     parts: dict[str, Any] = {
@@ -180,18 +182,32 @@ def activation_bytes(
         vocab_size: of its tokenizer.
         checkpointing: instead of engine.activation_checkpointing.
     """
-    run = AbstractRun(config, vocab_size)
-    if checkpointing is not None:
-        set_recompute(run.task, checkpointing)
-    for parameter in run.task.parameters():
-        if parameter.requires_grad:
-            # As ZeRO does: a gradient leaves for its bucket as soon as it is there.
-            parameter.register_post_accumulate_grad_hook(_drop)
-    batch = run.batch(config.engine.micro_batch)
-    with fused_attention(), LiveBytes() as live:
+    on = config.engine.activation_checkpointing if checkpointing is None else checkpointing
+    return _recomputing(AbstractRun(config, vocab_size), on)
+
+
+def _recomputing(run: AbstractRun, on: bool) -> Activations:
+    set_recompute(run.task, on)
+    with fused_attention():
+        return activations(run)
+
+
+def activations(run: AbstractRun) -> Activations:
+    """The same, of a run that stands on the meta device already, whose gradients are dropped. To be
+    called where attention is fused."""
+    # As ZeRO does: a gradient leaves for its bucket as soon as it is there.
+    handles = [
+        p.register_post_accumulate_grad_hook(_drop)
+        for p in run.task.parameters()
+        if p.requires_grad
+    ]
+    batch = run.batch(run.config.engine.micro_batch)
+    with LiveBytes() as live:
         output = run.task(batch)
         kept = live.now
         output.loss.backward()
+    for handle in handles:
+        handle.remove()
     return Activations(kept, live.peak)
 
 
@@ -242,22 +258,24 @@ def render(config: RunConfig, ranks: int | None) -> str:
     Raises:
         ConfigError: ``ranks`` was given and the batch does not divide by it.
     """
-    vocab_size = _vocab_size(config)
+    pieces = vocab_size(config)
     t, e, o = config.training, config.engine, config.optimizer
     o.check_length(t.samples)
     if ranks is not None:
         accumulation(e, t.global_batch, ranks)
-    counted = count_parameters(config, vocab_size)
+    run = AbstractRun(config, pieces)  # one for all: to build it takes longest
+    counted = count(run)
+    held = [_recomputing(run, on) for on in (False, True)]
     lines = [f"{config.name}  (dry run: nothing is allocated or started)", "", "parameters"]
     lines += [f"  {name:<16}{n:>16,}" for name, n in counted.by_part.items()]
     lines += [f"  {'total':<16}{counted.total:>16,}"]
     if counted.frozen + counted.outside:
         lines += [f"  {'frozen':<16}{counted.frozen + counted.outside:>16,}"]
-    flops = sample_flops(config, vocab_size)
+    flops = flops_of(run)
     lines += ["", "operations of a training step, for one sample"]
     lines += [f"  {name:<16}{n / 1e9:>16,.3f} GFLOP" for name, n in flops.items()]
     lines += [f"  {'total':<16}{sum(flops.values()) / 1e9:>16,.3f} GFLOP", ""]
-    lines += _memory(config, counted, vocab_size, RANKS if ranks is None else (ranks,))
+    lines += _memory(config, counted, held, RANKS if ranks is None else (ranks,))
     losses = [f"{n} × {s.weight:g}" for n, s in check_objectives(config.objectives).items()]
     steps_total = -(-t.samples // t.global_batch)
     decay = f", linear in the last {o.decay_samples:,}" if o.schedule == "wsd" else ""
@@ -278,14 +296,12 @@ def render(config: RunConfig, ranks: int | None) -> str:
 def _memory(
     config: RunConfig,
     counted: Parameters,
-    vocab_size: int,
+    held: Sequence[Activations],
     table: Sequence[int],
 ) -> list[str]:
     """Bytes of a rank, by number of ranks."""
     e = config.engine
-    without, recomputing = (
-        activation_bytes(config, vocab_size, checkpointing) for checkpointing in (False, True)
-    )
+    without, recomputing = held
     peak = (recomputing if e.activation_checkpointing else without).peak
     places = {"weights": e.offload_parameters, "optimizer": e.offload_optimizer}
     aside = [f"{what} on {place}" for what, place in places.items() if place != "none"]
@@ -314,13 +330,13 @@ def _memory(
         except ConfigError:
             steps = "does not divide"
         lines.append(
-            f"  {n:>5}  {_size(state):>12}   {_size(working):>18}   {_size(peak):>13}  "
-            f"{_size(state + working + peak):>12}   {steps}"
+            f"  {n:>5}  {size(state):>12}   {size(working):>18}   {size(peak):>13}  "
+            f"{size(state + working + peak):>12}   {steps}"
         )
     on = "on" if e.activation_checkpointing else "off"
     lines += [
-        f"  activations of {e.micro_batch} samples at their peak: {_size(without.peak)}, with "
-        f"activation checkpointing {_size(recomputing.peak)} (engine.activation_checkpointing is "
+        f"  activations of {e.micro_batch} samples at their peak: {size(without.peak)}, with "
+        f"activation checkpointing {size(recomputing.peak)} (engine.activation_checkpointing is "
         f"{on})"
     ]
     return lines
@@ -341,13 +357,19 @@ def _data(config: RunConfig) -> str:
     )
 
 
-def _vocab_size(config: RunConfig) -> int:
+def vocab_size(config: RunConfig) -> int:
+    """Of the run's tokenizer, which is opened; of a transformers text encoder, whose files may be
+    elsewhere, as its settings say."""
+    text = config.model.text_encoder
+    if isinstance(text, TransformersTextConfig) and "vocab_size" in text.settings:
+        return int(text.settings["vocab_size"])
     from pretrain.data.tokenizer import Tokenizer
 
     return Tokenizer(config.data.tokenizer).vocab_size
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
+    """Bytes for people."""
     units: Sequence[tuple[str, int]] = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
     for unit, factor in units:
         if n >= factor:

@@ -25,6 +25,7 @@ from pretrain.evaluators.base import Evaluator, Subject
 from pretrain.flops import measured_peak, mfu, peak_flops, sample_flops
 from pretrain.guard import SCALE, Guard, Refusal
 from pretrain.inference import Heads, new_model
+from pretrain.node_metrics import NodeMetrics, by_node
 from pretrain.pretrained import Pretrained
 from pretrain.profiling import Profiler, phase
 from pretrain.progress import Display, Progress
@@ -198,6 +199,7 @@ class Run:
 
     def close(self) -> None:
         """End the display and the tracked run."""
+        self.meter.close()
         self.display.close()
         self.tracker.finish(self.status)
 
@@ -410,7 +412,15 @@ class Meter:
         self.ledger = Ledger(Path(config.output), config.data.max_reject_rate, comm.rank())
         self.ledger.load_state_dict(progress.rejects)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+        seconds = config.tracking.system_seconds
+        watched = bool(seconds) and comm.local_rank() == 0
+        self.node = NodeMetrics(Path(config.output), seconds) if watched else None
         self.restart()
+
+    def close(self) -> None:
+        """Look at the node no more."""
+        if self.node is not None:
+            self.node.close()
 
     def restart(self) -> None:
         """Forget what was counted since the last log."""
@@ -439,7 +449,9 @@ class Meter:
         means = {n: torch.stack([m[n].float() for m in self._pending]).mean().item() for n in names}
         metrics = comm.mean_over_ranks(means)
         progress = self.progress
-        self.ledger.merge(comm.gather_objects(self.ledger.take()))
+        node = None if self.node is None else self.node.take()
+        told = comm.gather_objects((self.ledger.take(), node))
+        self.ledger.merge([refused for refused, _ in told])
         progress.rejects = self.ledger.state_dict()
         progress.seconds += self._seconds
         images_per_second = self._samples / max(self._seconds, 1e-9)
@@ -454,7 +466,7 @@ class Meter:
         }
         progress.first = progress.first or metrics
         progress.last = metrics
-        self.tracker.metrics(metrics, progress.samples)
+        self.tracker.metrics(metrics | by_node([node for _, node in told]), progress.samples)
         self.display.line(progress.samples, metrics)
         self.restart()
         self.ledger.check(progress.samples)

@@ -31,6 +31,8 @@ from pretrain.config import Config
 
 HUNG_EXIT_CODE = 71  # EX_OSERR: no progress for too long; the stacks are in RUN/stacks
 START, STEP, SAVE, ENDED, FAILED = "start", "step", "save", "ended", "failed"
+LOOKOUTS = 64  # ranks that read the others' files, evenly spread; the others are asked by them
+_PATIENCE = 1.25  # limits after which a rank looks for itself: every lookout may be gone
 _DUMP_SECONDS = 3.0  # for the other ranks' stacks, before the launcher kills them
 _DUMP_SIGNAL = signal.SIGRTMAX - 1  # from the sentinel; no library here uses it
 
@@ -98,6 +100,13 @@ def read_heartbeats(folder: str | Path) -> list[Heartbeat]:
             tree = json.loads(path.read_text(encoding="utf-8"))
             found.append(Heartbeat(**{**tree, "written_seconds_ago": ago}))
     return sorted(found, key=lambda h: h.rank)
+
+
+def is_lookout(rank: int, world: int) -> bool:
+    """Whether a rank that stands still reads the files of all others at once. If all did, what they
+    read together would grow with the square of the ranks: a million files every half minute on
+    1,024 ranks, of a file system that may be what stands still."""
+    return rank % -(-world // LOOKOUTS) == 0
 
 
 class Watchdog:
@@ -199,12 +208,15 @@ class Watchdog:
     def _expired(self, now: float) -> bool:
         limit = self.limit_seconds()
         since = max(self._beaten, self._granted)
-        if now - since < limit / 2:
+        begin = 1 / 2 if is_lookout(self.rank, self.world) else _PATIENCE
+        if now - since < limit * begin:
             self._peers.forget()
             return False
         self._peers.look(now, limit / 20)
-        # Read after the look: the rank may have gone on meanwhile.
-        return now > max(self._granted, self._beaten) + limit and now > self._peers.deadline()
+        # Read after the look: the rank may have gone on meanwhile. Half a limit of looking tells
+        # which ranks are alive, and how long they may stay where they are.
+        own = max(self._granted, self._beaten) + limit * (begin + 1 / 2)
+        return now > own and now > self._peers.deadline()
 
     def _ask_and_die(self) -> None:
         phase, samples = self._place

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import supervise
+from launcher import records, supervise
 from launcher.handle import Handle, Status
 from launcher.job import JobError, JobSpec
 from launcher.marker import read_marker
@@ -179,9 +179,11 @@ def _process(handle: Handle) -> "psutil.Process | None":
 
 def _run(plan: Plan, env: dict[str, str], before: tuple[str, str] | None) -> int:
     outcome = supervise.Outcome(0)
+    log = Path(plan.log)
+    since = log.stat().st_size if log.exists() else 0
     for command in plan.commands:
         try:
-            outcome = supervise.run(_program(command), env, Path(plan.log))
+            outcome = supervise.run(_program(command), env, log)
         except FileNotFoundError:
             raise JobError(
                 f"program={command[0]!r} is not installed beside {sys.executable}; run `make env`"
@@ -189,10 +191,10 @@ def _run(plan: Plan, env: dict[str, str], before: tuple[str, str] | None) -> int
         if outcome.code or outcome.stopped_by:
             break
     after = read_marker(plan.output)
-    return _verdict(plan, outcome, finished=after is not None and after != before)
+    return _verdict(plan, outcome, since, finished=after is not None and after != before)
 
 
-def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
+def _verdict(plan: Plan, outcome: supervise.Outcome, since: int, finished: bool) -> int:
     if finished and outcome.code == 0:
         return 0
     if finished:
@@ -203,8 +205,10 @@ def _verdict(plan: Plan, outcome: supervise.Outcome, finished: bool) -> int:
     else:
         said = f"ended with exit code {outcome.code} and without the end marker in {plan.output}"
         code = outcome.code or 1
-    print(f"run {plan.name!r} {said}. The end of {plan.log}:", file=sys.stderr)
-    print(supervise.tail(Path(plan.log)), file=sys.stderr)
+    first = records.first_traceback(Path(plan.log), since)
+    shown = "first traceback in" if first else "end of"
+    print(f"run {plan.name!r} {said}. The {shown} {plan.log}:", file=sys.stderr)
+    print(first or supervise.tail(Path(plan.log)), file=sys.stderr)
     return code
 
 

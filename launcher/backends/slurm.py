@@ -22,6 +22,7 @@ from launcher.strict import Described, Texts, check_match, check_text
 HELP = "submit to Slurm: sbatch and srun, requeued until it is done"
 
 _WORD = re.compile(r"[\w.,:=&|*@\[\]-]*[\w\]]", re.ASCII)
+_WAIT_SECONDS = 900  # after the first node has ended; then srun kills the others
 _REMEDY = "install Slurm's client commands"
 _ELSEWHERE = {
     "image": "give environment: a Python and a folder that every node sees",
@@ -171,7 +172,10 @@ def _script(job: JobSpec, options: Options) -> str:
     cores = [] if job.cores_per_node is None else [f"--cpus-per-task={job.cores_per_node}"]
     folder = job.folder("slurm")
     srun = [
-        *("srun", "--ntasks-per-node=1", *cores, "--cpu-bind=none", "--kill-on-bad-exit=1"),
+        *("srun", "--ntasks-per-node=1", *cores, "--cpu-bind=none"),
+        # A node that has saved ends with 75, which must not cut off the others' saving, and rank 0
+        # may still send what was tracked. A node sees by itself that another has failed.
+        *("--kill-on-bad-exit=0", f"--wait={max(_WAIT_SECONDS, job.grace_seconds)}"),
         *("--export=ALL", "--open-mode=append", f"--output={folder}/%j.node-%t.log"),
     ]
     return "\n".join(

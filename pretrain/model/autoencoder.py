@@ -1,12 +1,11 @@
 """Pixels to latents and back. Frozen, and outside the engine: no parameter of it is ever
 partitioned."""
 
-import math
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
 from pretrain import hub
@@ -36,14 +35,11 @@ class SpaceToDepthConfig(Config):
         factor: 1 is plain pixels.
         shift: taken from every pixel; the mean of the data centres the latents, as EDM's
             coefficients assume (drawings on white have a mean of 0.6).
-        deviations: the data's standard deviations along `OPPONENT`'s axes; each is divided by its
-            own, so that noise hides no colour before the others. None leaves RGB as it is.
     """
 
     kind: Literal["space_to_depth"] = "space_to_depth"
     factor: int = Field(2, ge=1)
     shift: float = 0.0
-    deviations: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 class DiffusersConfig(Config):
@@ -69,45 +65,19 @@ class DiffusersConfig(Config):
 AutoencoderConfig = Annotated[SpaceToDepthConfig | DiffusersConfig, Field(discriminator="kind")]
 
 
-# Orthonormal axes of (R, G, B): lightness, red against blue, green against magenta. They are about
-# the principal ones of pictures (Ohta et al. 1980), in the order of what varies most.
-OPPONENT = tuple(
-    tuple(weight / math.sqrt(length) for weight in weights)
-    for weights, length in (((1, 1, 1), 3), ((1, 0, -1), 2), ((-1, 2, -1), 6))
-)
-
-
 class SpaceToDepth:
-    """A parameter-free autoencoder; exact, with ``deviations`` to rounding."""
+    """An exact, parameter-free autoencoder."""
 
-    def __init__(
-        self, factor: int, shift: float = 0.0, deviations: tuple[float, ...] | None = None
-    ) -> None:
+    def __init__(self, factor: int, shift: float = 0.0) -> None:
         self.factor = factor
         self.shift = shift
         self.channels = 3 * factor**2
-        # Rows of 3 × 3 matrices: numbers, since a model is also built on the meta device.
-        self.to_rgb: list[list[float]] | None = None
-        if deviations is not None:
-            axes = list(zip(OPPONENT, deviations, strict=True))
-            self.to_rgb = [[axis[i] * d for axis, d in axes] for i in range(3)]
-            self._from_rgb = [[weight / d for weight in axis] for axis, d in axes]
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        centred = images_BCHW - self.shift
-        if self.to_rgb is not None:
-            centred = _mix(self._from_rgb, centred)
-        return F.pixel_unshuffle(centred, self.factor)
+        return F.pixel_unshuffle(images_BCHW - self.shift, self.factor)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        centred = F.pixel_shuffle(z_BCHW, self.factor)
-        if self.to_rgb is not None:
-            centred = _mix(self.to_rgb, centred)
-        return centred + self.shift
-
-
-def _mix(rows: list[list[float]], images_BCHW: Tensor) -> Tensor:
-    return torch.einsum("oc,bchw->bohw", images_BCHW.new_tensor(rows), images_BCHW)
+        return F.pixel_shuffle(z_BCHW, self.factor) + self.shift
 
 
 class Diffusers:
@@ -175,4 +145,4 @@ def build_autoencoder(config: SpaceToDepthConfig | DiffusersConfig) -> Autoencod
     """The autoencoder of ``config``; a diffusers one is read from its folder."""
     if isinstance(config, DiffusersConfig):
         return Diffusers(config)
-    return SpaceToDepth(config.factor, config.shift, config.deviations)
+    return SpaceToDepth(config.factor, config.shift)

@@ -10,7 +10,7 @@ from pydantic import Field
 from pretrain import mlflow_env
 from pretrain.config import Config
 from pretrain.errors import ConfigError
-from pretrain.tracking import journal, mlflow_tracker
+from pretrain.tracking import journal, mlflow_tracker, sender
 from pretrain.tracking.base import NullTracker, RunInfo, Status, Tracker
 from pretrain.tracking.journal import Journal, JournalReader
 
@@ -41,6 +41,12 @@ class TrackingConfig(Config):
     run_name: str | None = Field(None, description="else the output folder's name")
     drain_seconds: float = Field(
         60.0, ge=0, description="the longest wait at the end for events to be sent"
+    )
+
+    system_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="between two looks at each node's CPU, memory, disk, network and GPUs; 0: none",
     )
 
     def run_info(self, output: str, tags: dict[str, str] | None = None) -> RunInfo:
@@ -87,7 +93,7 @@ def sync(output: str, uri: str | None = None, patience: float = 10.0) -> int:
     if not starts:
         raise ConfigError(f"output={output!r} holds no journal ({path}); give the folder of a run")
     uri = mlflow_env.resolve_uri(uri, starts[-1].payload["uri"] or default_uri(output))
-    return mlflow_tracker.replay(output, uri, lambda: True, patience)
+    return sender.replay(output, uri, lambda: True, patience)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def recorded_run(output: str) -> RecordedRun:
     Raises:
         ConfigError: it has not reached a server yet.
     """
-    run = mlflow_tracker.read_run(journal.folder(output))
+    run = sender.read_run(journal.folder(output))
     if not run:
         raise ConfigError(
             f"output={output!r} has no MLflow run yet; first run "

@@ -1,7 +1,7 @@
-"""The sender process; see mlflow_tracker.py."""
+"""The sender process; see sender.py."""
 
 import sys
 
-from pretrain.tracking.mlflow_tracker import main
+from pretrain.tracking.sender import main
 
 sys.exit(main())

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from pretrain.tracking.base import RunInfo, Status
 
 _log = logging.getLogger(__name__)
 
+_REMEMBERED = 4096  # metrics events: more than a killed run does again after its last checkpoint
+
 
 @dataclass(frozen=True)
 class Event:
@@ -26,7 +29,7 @@ class Event:
 
     Attributes:
         sequence: 1, 2, 3, ... over the whole life of the output folder.
-        time: seconds since the epoch.
+        time: seconds since the epoch; never less than the event's before, whatever the clock does.
         kind: start, params, metrics, artifact or finish.
         payload: what that method of the tracker was given.
     """
@@ -92,9 +95,14 @@ class Journal:
         self.folder = folder(output)
         self.meant_for = uri
         self.path = self.folder / "events.jsonl"
+        self.sequence, self.id = 0, ""
+        self._time = 0.0
+        # What earlier attempts wrote last of metrics, {samples: {name: value as text}}.
+        self._before: dict[int, dict[str, str]] = {}
         reader = JournalReader(self.path)
-        events = reader.read()
-        self.sequence = max((event.sequence for event in events), default=0)
+        while events := reader.read(1000):
+            for event in events:
+                self._take_up(event)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._stream = self.path.open("ab", buffering=0)  # a line reaches the system at once
@@ -109,17 +117,28 @@ class Journal:
 
     def start(self, run: RunInfo) -> None:
         """Write who the run is."""
+        # Two clusters may have output folders of one name.
+        self.id = self.id or uuid.uuid4().hex
         payload = {"name": run.name, "experiment": run.experiment, "tags": dict(run.tags)}
-        self._write("start", {**payload, "output": str(self.folder.parent), "uri": self.meant_for})
+        payload |= {"id": self.id, "output": str(self.folder.parent)}
+        self._write("start", {**payload, "uri": self.meant_for})
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Write settings under dotted names."""
         self._write("params", flatten(params))
 
     def metrics(self, metrics: Mapping[str, float], samples: int) -> None:
-        """Write scalars; NaN and infinities are kept as Python's JSON spells them."""
+        """Write scalars; NaN and infinities are kept as Python's JSON spells them.
+
+        A killed run does again what it had done since its last checkpoint: a value that an earlier
+        attempt wrote last under this name at this sample is not written again.
+        """
+        before = self._before.get(int(samples), {})
         values = {name: float(value) for name, value in metrics.items()}
-        self._write("metrics", {"samples": int(samples), "values": values})
+        fresh = {n: value for n, value in values.items() if repr(value) != before.get(n)}
+        before |= {name: repr(value) for name, value in fresh.items()}
+        if fresh or not values:
+            self._write("metrics", {"samples": int(samples), "values": fresh})
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Write where a file is: relative if it is in the output folder, so that this may move."""
@@ -132,9 +151,26 @@ class Journal:
         """Write how the run ended."""
         self._write("finish", {"status": status})
 
+    def _take_up(self, event: Event) -> None:
+        """Know an event of an earlier attempt."""
+        self.sequence = max(self.sequence, event.sequence)
+        self._time = max(self._time, event.time)
+        if event.kind == "start":
+            self.id = self.id or event.payload.get("id", "")
+        if event.kind == "metrics":
+            samples = event.payload["samples"]
+            names = self._before.pop(samples, {})  # the newest stand last
+            for name, value in event.payload["values"].items():
+                names[name] = repr(value)
+            self._before[samples] = names
+            if len(self._before) > _REMEMBERED:
+                del self._before[next(iter(self._before))]
+
     def _write(self, kind: str, payload: dict[str, Any]) -> None:
         with self._lock:
-            event = Event(self.sequence + 1, time.time(), kind, payload)
+            # A requeued run may be on a host whose clock is behind; MLflow orders by time.
+            self._time = max(self._time, time.time())
+            event = Event(self.sequence + 1, self._time, kind, payload)
             line = json.dumps(vars(event), default=str).encode() + b"\n"
             line = b"\n" + line if self._torn else line
             try:

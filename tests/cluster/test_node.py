@@ -6,29 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, require_programs_now
-from tests.support import hosts as host_support
+from tests.conftest import ROOT
 from tests.support.host_run import SAMPLES, SETTINGS, learned
 from tests.support.hosts import Hosts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.soak]
 
 START = 600.0
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    os.environ["PATH"] += os.pathsep + "/usr/sbin"
-    require_programs_now("sshd", *host_support.PROGRAMS)
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for network namespaces")
-    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as hosts:
-        yield hosts
 
 
 def nodes(hosts: Hosts, folder: Path, attempt: int) -> "list[subprocess.Popen[bytes]]":
@@ -61,27 +49,46 @@ def nodes(hosts: Hosts, folder: Path, attempt: int) -> "list[subprocess.Popen[by
     return started
 
 
-def test_stopped_and_resumed(hosts: Hosts, tmp_path: Path) -> None:
-    """SIGTERM to process 1 of one node: both end with 75, and go on where they were."""
+def test_stopped_and_resumed_and_killed_and_resumed(hosts: Hosts, tmp_path: Path) -> None:
+    """SIGTERM to process 1 of one node: both end with 75, and go on where they were. SIGKILL of a
+    rank: both end soon, and say which one failed first."""
 
     def said() -> str:
         return "".join((tmp_path / f"node-{i}.log").read_text()[-3000:] for i in (0, 1))
 
-    first = nodes(hosts, tmp_path, 1)
-    diary = tmp_path / "diary" / "a1b2-1" / "diary-0.jsonl"
-    give_up = time.monotonic() + START
-    while not diary.exists() or len(diary.read_text().splitlines()) < 5:
-        assert time.monotonic() < give_up and first[0].poll() is None, said()
-        time.sleep(0.1)
+    def under_way(attempt: int, steps: int) -> "list[subprocess.Popen[bytes]]":
+        started = nodes(hosts, tmp_path, attempt)
+        diary = tmp_path / "diary" / f"a1b2-{attempt}" / "diary-0.jsonl"
+        give_up = time.monotonic() + START
+        while not diary.exists() or len(diary.read_text().splitlines()) < steps:
+            assert time.monotonic() < give_up and started[0].poll() is None, said()
+            time.sleep(0.1)
+        return started
+
+    first = under_way(1, 4)
     agent = min(
         int(line.split()[0])
         for line in hosts.processes("node2", "launcher node --scheduler")
         if "unshare" not in line
     )
+    began = time.monotonic()
     hosts.signal("node2", agent, signal.SIGTERM)
     assert [p.wait(120) for p in first] == [75, 75], said()
-    second = nodes(hosts, tmp_path, 2)
-    assert [p.wait(START) for p in second] == [0, 0], said()
+    print(f"75 and 75, {time.monotonic() - began:.1f} s after SIGTERM")
+    second = under_way(2, 2)
+    (rank,) = (
+        int(line.split()[0])
+        for line in hosts.processes("node2", "-m tests.support.host_run train")
+        if "launcher" not in line
+    )
+    began = time.monotonic()
+    hosts.signal("node2", rank, signal.SIGKILL)
+    codes = [p.wait(120) for p in second]
+    print(f"{codes}, {time.monotonic() - began:.1f} s after SIGKILL")
+    assert codes[0] not in (0, 2, 75) and codes[1] == 137, said()
+    assert "rank 1 on node2 failed first, with exit code 137" in said()
+    third = nodes(hosts, tmp_path, 3)
+    assert [p.wait(START) for p in third] == [0, 0], said()
     assert learned(tmp_path / "diary") == list(range(SAMPLES))
     for name in hosts.names:
         assert hosts.processes(name, "host_run") == []

@@ -49,7 +49,7 @@ def job(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         "ranks_per_node": 1,
         "cores_per_node": 1,
         "time_limit_minutes": 60,
-        "grace_seconds": 60,
+        "grace_seconds": 120,
         # Names of the two nodes resolve nowhere: both are this machine.
         "env": {
             "MASTER_ADDR": "127.0.0.1",
@@ -120,11 +120,14 @@ def test_stopped_requeued_and_resumed_twice(cluster: Slurm, job: Path) -> None:
     for restarts, samples in ((0, 12), (1, 28)):
         name = f"{number}-{restarts}"
         until(lambda n=name, s=samples: _learned(diary / n) >= s, all_said)  # type: ignore[misc]
+        began = time.monotonic()
         cluster.run(["scancel", "--batch", "--signal=TERM", number])
-        until(lambda r=restarts: field("Restarts") == str(r + 1), all_said, 120)  # type: ignore[misc]
-        # A requeued job waits for two minutes, so that a broken node does not eat the queue.
+        until(lambda r=restarts: field("Restarts") == str(r + 1), all_said, 300)  # type: ignore[misc]
+        print(f"requeued {time.monotonic() - began:.1f} s after SIGTERM")
+        # A requeued job waits for two minutes, so that a broken node does not eat the queue. Within
+        # the second in which it was put back, its nodes still refuse its credential.
         until(lambda: field("JobState") == "PENDING", all_said, 60)
-        cluster.run(["scontrol", "update", f"jobid={number}", "StartTime=now"])
+        cluster.run(["scontrol", "update", f"jobid={number}", "StartTime=now+2"])
     until(lambda: field("JobState") in ("COMPLETED", "FAILED"), all_said)
     status = launcher(job, "status")
     assert status.returncode == 0 and "two-nodes: succeeded" in status.stdout, all_said()

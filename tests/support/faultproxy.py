@@ -126,6 +126,12 @@ class FaultProxy:
                     with suppress(Exception):
                         side.close()
 
+    async def _answer(self, upstream: asyncio.StreamReader) -> bytes:
+        """The head of the server's answer; a server that died in the midst of it has none."""
+        if not (head := await _head(upstream)):
+            raise _Cut
+        return head
+
     async def _request(
         self,
         head: bytes,
@@ -151,14 +157,14 @@ class FaultProxy:
             await self._slow_down(method, head, reader, writer)
         up_writer.write(head)
         if b"100-continue" in head.lower():
-            interim = await _head(up_reader)
+            interim = await self._answer(up_reader)
             writer.write(interim)
             if b" 100 " not in interim.split(b"\r\n")[0]:
                 raise _Cut
         await self._pump(reader, up_writer, _length(head))
-        reply = await _head(up_reader)
+        reply = await self._answer(up_reader)
         while reply.split(b" ", 2)[1] == b"100":
-            reply = await _head(up_reader)
+            reply = await self._answer(up_reader)
         status = reply.split(b" ", 2)[1]
         if status >= b"500":  # the server's own, under load: asked again, and rightly
             self.counts["upstream"] += 1

@@ -83,6 +83,7 @@ class Attempt:
         faults, losses: what befalls it.
         left_out: samples [start, stop) that it leaves out from the start.
         environment: variables of the ranks.
+        function: that each rank calls, with what `attempt` takes.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Attempt:
         losses: Sequence[Loss] = (),
         left_out: Sequence[list[int]] = (),
         environment: Mapping[str, str] | None = None,
+        function: str = f"{__name__}:attempt",
     ) -> None:
         self.folder, self.world = folder, world
         number = len(list(folder.parent.glob(f"{folder.name}.attempt-*")))
@@ -101,7 +103,7 @@ class Attempt:
         self.own.mkdir(parents=True)
         self.began = time.monotonic()
         self.processes: list[ForkServerProcess] = ranks.start(
-            f"{__name__}:attempt",
+            function,
             world,
             str(self.own),
             str(folder),
@@ -135,9 +137,9 @@ class Attempt:
             assert alive and time.monotonic() < deadline, f"{path}\n{self.text()}"
             time.sleep(0.02)
 
-    def wait_at(self, fault: Fault) -> None:
+    def wait_at(self, fault: Fault, seconds: float = 120) -> None:
         """Until the ranks wait at a fault whose number is 0."""
-        self.wait_for(self.own / f"waits-{fault.samples}")
+        self.wait_for(self.own / f"waits-{fault.samples}", seconds)
 
     def go_on(self, fault: Fault) -> None:
         """Let them go on."""

@@ -20,6 +20,7 @@ from pretrain.checkpoint import (
     best,
     damage,
     list_committed,
+    read_manifest,
 )
 from pretrain.errors import CheckpointError
 from tests.support.plain import PlainEngine, same
@@ -328,3 +329,16 @@ def test_ranks_share_the_reading_and_together_read_everything(checkpointer):
         found = [damage(folder, rank, 3) for rank in range(3)]
         assert len([problem for problem in found if problem]) == 1, name
         (folder / name).write_bytes(kept)
+
+
+def test_a_manifest_that_was_read_once_serves_every_rank(checkpointer):
+    save(checkpointer, 8)
+    folder = folder_of(checkpointer, 8)
+    manifest = read_manifest(folder)
+    assert isinstance(manifest, dict)
+    name = next(n for n in manifest if n.endswith(".safetensors"))
+    flip(folder / name)
+    (folder / "manifest.json").unlink()  # nobody reads it again
+    found = [damage(folder, rank, 3, manifest) for rank in range(3)]
+    assert [problem for problem in found if problem] == [f"{name} has changed since it was written"]
+    assert "manifest.json cannot be read" in str(damage(folder, 0, 3, read_manifest(folder)))

@@ -16,20 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, list[str]] = {
     "pretrain": [
         "errors config plugins remote storage comm types rng ops progress mlflow_env "
-        "hub stop watchdog sentinel profiling distances page/ pipeline_files/",
+        "mlflow_server hub stop watchdog sentinel profiling node_metrics distances hardware page/ "
+        "pipeline_files/",
         "data/ diffusion/ model/ features/",
         "objectives/",
         "task ema inference weights classifier diffusers_folder pipeline_parts pretrained describe",
         "engine engine_config streaming optim partitions parts guard",
         "mirror checkpoint evaluators/ tracking/ registry/ pyfunc_model",
-        "run_config plan abstract flops",
+        "run_config plan abstract flops opcost communication roofline forecast forecast_text",
         "train export card heads_page ckpt_tools summary encode encoders suite results scorecard "
         "scorecard_log",
         "report/",
         "commands/ __main__",
     ],
     "launcher": [
-        "strict secrets job plan marker handle shell jobfile",
+        "strict secrets job plan marker tracked handle shell jobfile",
         "rendezvous preflight supervise node "
         "records ticket rank remote host facts pairs launch monitor restarts attempts init",
         "backends/",

@@ -13,6 +13,7 @@ DISTRIBUTION = {
     "resvg_py": "resvg-py",
     "google": "google-cloud-batch",
     "botocore": "boto3",  # which pins its own
+    "pynvml": "nvidia-ml-py",
 }
 
 

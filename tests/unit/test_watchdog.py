@@ -14,7 +14,14 @@ import pytest
 from pretrain import config
 from pretrain.__main__ import main
 from pretrain.errors import ConfigError
-from pretrain.watchdog import HUNG_EXIT_CODE, Watchdog, WatchdogConfig, read_heartbeats
+from pretrain.watchdog import (
+    HUNG_EXIT_CODE,
+    LOOKOUTS,
+    Watchdog,
+    WatchdogConfig,
+    is_lookout,
+    read_heartbeats,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 2.0
@@ -330,3 +337,22 @@ def test_the_limit_is_that_of_the_start_until_the_second_step(tmp_path: Path) ->
         dog.beat(phase, samples)
         limits.append(dog.limit_seconds())
     assert limits == [300, 300, 300, 300, 300, 100, 200, 100, 100]
+
+
+def test_of_many_ranks_a_few_look_after_the_others() -> None:
+    """What all read together in a hang grows with the ranks, not with their square."""
+    for world in (1, 2, 63, 64, 65, 100, 1000, 1024, 4096):
+        lookouts = [rank for rank in range(world) if is_lookout(rank, world)]
+        assert lookouts[0] == 0 and min(world, LOOKOUTS // 2) <= len(lookouts) <= LOOKOUTS
+        gaps = [b - a for a, b in zip(lookouts, [*lookouts[1:], world], strict=True)]
+        assert max(gaps) == -(-world // LOOKOUTS)
+
+
+def test_a_rank_that_is_no_lookout_waits_longer_and_then_looks_itself(tmp_path: Path) -> None:
+    """Rank 1 of 65: its lookouts are gone, it ends all the same, and later."""
+    script = "with dog:\n    dog.beat('load', 0)\n    time.sleep(60)\n"
+    began = time.monotonic()
+    process = start(tmp_path, script, rank=1, world=65)
+    code, err = finish(process)
+    assert code == HUNG_EXIT_CODE and "rank 0, which has written no heartbeat" in err
+    assert time.monotonic() - began > 1.7 * LIMIT

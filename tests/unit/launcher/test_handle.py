@@ -140,18 +140,6 @@ def test_the_verbs(backend: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "demo: failed, exit code 71\n"
 
 
-def test_status_names_the_mlflow_run(backend: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("out/journal").mkdir(parents=True)
-    for text, said in [
-        ("{", ""),
-        ("[]", ""),
-        ('{"run_id": "r1", "uri": "https://host"}', "demo: MLflow run r1 at https://host\n"),
-    ]:
-        Path("out/journal/run.json").write_text(text)
-        assert backend("status", statuses=(Status("running"),)) == 0
-        assert capsys.readouterr().out == "demo: running\n" + said
-
-
 def test_waiting_ends_as_the_job_did(backend: Any, capsys: pytest.CaptureFixture[str]) -> None:
     finish(1)
     order = (Status("queued"), Status("running"), Status("failed", 3))

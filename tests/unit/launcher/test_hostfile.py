@@ -86,7 +86,7 @@ def beat(output: Path, number: int, rank: int = 0, phase: str = "step") -> None:
 
 
 def monitor(folder: Path, **fields: Any) -> Monitor:
-    return Monitor(folder, folder / "ranks", "0001", 0.3, 0.1, **fields)
+    return Monitor(folder, folder / "ranks", "0001", 0.3, 0.1, 0.5, **fields)
 
 
 def test_a_rank_that_is_silent(tmp_path: Path) -> None:
@@ -103,16 +103,58 @@ def test_a_rank_that_is_silent(tmp_path: Path) -> None:
         beat(tmp_path, number, rank=3)
         time.sleep(0.02)
     assert said is not None and said.startswith("rank 1 on node1 (process 7; 'step' at 1 samples)")
-    assert one.lost == "node1"
 
 
 def test_a_rank_that_failed_and_others_that_wait(tmp_path: Path) -> None:
+    records.end(tmp_path / "ranks", "0001", 2, 1)  # of a start before: Kubernetes numbers none
     one = monitor(tmp_path)
+    assert one.look() is None
+    time.sleep(0.15)
     assert one.look() is None
     records.end(tmp_path / "ranks", "0001", 1, -9)
     assert one.look() is None  # the others may notice by themselves
     time.sleep(0.15)
     assert "ended with 137, and other ranks still waited" in str(one.look())
+
+
+def test_after_one_has_saved_the_others_have_longer(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    one = monitor(tmp_path, log=log)
+    records.end(tmp_path / "ranks", "0001", 1, 75)
+    log.write_text("pdsh@head: node2: ssh exited with exit code 75\n")
+    assert one.look() is None
+    time.sleep(0.2)
+    assert one.look() is None
+    time.sleep(0.4)
+    assert "rank 1 on" in str(one.look()) and "ended with 75" in str(one.look())
+    two = monitor(tmp_path)
+    records.end(tmp_path / "ranks", "0001", 1, 75)
+    records.end(tmp_path / "ranks", "0001", 0, 1)  # a failure counts from when it is seen
+    assert two.look() is None
+    time.sleep(0.15)
+    assert "rank 0 on" in str(two.look()) and "ended with 1," in str(two.look())
+
+
+def test_only_a_nodes_own_ranks_are_watched(tmp_path: Path) -> None:
+    one = monitor(tmp_path, own=range(2, 4))
+    for rank in (1, 2):
+        beat(tmp_path, 1, rank=rank)
+    assert one.look() is None
+    time.sleep(0.4)
+    assert str(one.look()).startswith("rank 2 on node1")
+
+
+def test_a_monitor_that_was_suspended_begins_anew(tmp_path: Path) -> None:
+    one = monitor(tmp_path)
+    beat(tmp_path, 1)
+    records.end(tmp_path / "ranks", "0001", 1, 1)
+    assert one.look() is None
+    time.sleep(0.4)
+    one._looked -= 60.0
+    assert one.look() is None
+    time.sleep(0.4)
+    assert one.look() is not None
 
 
 def test_a_host_whose_ssh_is_gone(tmp_path: Path) -> None:
@@ -123,7 +165,7 @@ def test_a_host_whose_ssh_is_gone(tmp_path: Path) -> None:
     assert one.look() is None
     with log.open("a") as file:
         file.write("node1: x\npdsh@head: node2: ssh exited with exit code 255\n")
-    assert one.look() is None and one.lost == "node2"
+    assert one.look() is None
     time.sleep(0.15)
     assert "ssh to node2 ended with exit code 255" in str(one.look())
 

@@ -143,12 +143,13 @@ def test_what_a_node_runs() -> None:
         nodes=2,
         accelerators_per_node=4,
         port=2_345,
+        grace_seconds=600,
         environment={"python": "/py"},
         secrets={"B": "file:/b", "A": "env:A"},
     )
     assert job.node_command("slurm") == (
         *("/py", "-m", "launcher", "node", "--scheduler", "slurm", "--nodes", "2", "--ranks", "4"),
-        *("--port", "2345", "--output", "runs/demo", "--secret", "B=file:/b"),
+        *("--port", "2345", "--grace", "600", "--output", "runs/demo", "--secret", "B=file:/b"),
         *("--", "pretrain", *job.arguments()),
     )
 

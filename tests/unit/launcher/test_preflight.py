@@ -77,6 +77,13 @@ def test_the_slow_host_is_named() -> None:
     rates["c"] = {"step_seconds": 0.1, "pairs": [[0, 1e-4, 1e7], [1, 1e-4, 1e7]]}
     (finding,) = slow(hosts, rates)
     assert (finding.host, finding.check) == ("c", "link")
+    # One far away: its pairs answer late, of the others' one pair of two.
+    late = {h: reply(0.1, 1e9) for h in hosts}
+    for near in ("a", "b"):
+        late[near] = {"step_seconds": 0.1, "pairs": [[0, 1e-4, 1e9], [2, 2e-2, 1e9]]}
+    late["c"] = {"step_seconds": 0.1, "pairs": [[0, 2e-2, 1e9], [1, 2e-2, 1e9]]}
+    (finding,) = slow(hosts, late)
+    assert (finding.host, finding.check) == ("c", "latency") and "20.0 ms" in finding.said
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 5, 8, 40])

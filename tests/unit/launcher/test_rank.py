@@ -34,11 +34,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
     """Starts a rank that runs a Python text."""
     started = []
 
-    def begin(code: str, attempt: str = "0001", **env: str) -> "subprocess.Popen[bytes]":
+    def begin(
+        code: str, attempt: str = "0001", grace_seconds: float = 120.0, **env: str
+    ) -> "subprocess.Popen[bytes]":
         argv = (sys.executable, "-c", code)
         env["PYTHONPATH"] = str(ROOT)
         ranks = str(tmp_path / "ranks")
-        ticket.Ticket(ranks, attempt, argv, env, "node1", 2345).write("t")
+        ticket.Ticket(ranks, attempt, argv, env, "node1", 2345, grace_seconds=grace_seconds).write(
+            "t"
+        )
         process = subprocess.Popen(
             [sys.executable, "-m", "launcher.rank", "t"],
             env={**os.environ, **PLACE, "PYTHONPATH": str(ROOT)},
@@ -87,6 +91,23 @@ def test_a_stop_reaches_the_rank_and_its_code_comes_back(
     assert process.wait(20) == 75
     assert "saved" in records.log(ranks, "0001", 1).read_text()
     assert [e.code for e in records.ends(ranks, "0001")] == [75]
+
+
+def test_the_grace_is_the_jobs(
+    start: Callable[..., "subprocess.Popen[bytes]"], tmp_path: Path
+) -> None:
+    """One that saves for longer is ended."""
+    ranks = tmp_path / "ranks"
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(1)"
+    )
+    process = start(code, grace_seconds=0.5)
+    until(records.log(ranks, "0001", 1), "ready")
+    host.answer({"do": "signal", "ranks": str(ranks), "number": int(signal.SIGUSR1)})
+    assert process.wait(20) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("grace_seconds", [0, 20])
@@ -162,6 +183,22 @@ def test_the_first_failure() -> None:
     assert records.first_failure([broken, End(1, "b", 2, 10.4)]) == End(1, "b", 2, 10.4)
     assert records.first_failure([broken, End(1, "b", -9, 20.0)]) == broken
     assert records.first_failure([End(0, "a", 0, 1.0)]) is None
+
+
+def test_the_first_traceback_of_a_log_that_ranks_share(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    old = "Traceback (most recent call last):\n  of the run before\nError: old\n"
+    log.write_text(
+        f"{old}step 1\n[rank1]: Traceback (most recent call last):\n[rank1]:   File x\n"
+        "[rank0]: Traceback (most recent call last):\n[rank1]:     raise\n[rank0]:   File y\n"
+        "[rank1]: ValueError: it was this\n[rank0]: RuntimeError: lost its peer\n"
+    )
+    found = records.first_traceback(log, len(old)).splitlines()
+    assert [line.partition(": ")[0] for line in found] == ["[rank1]"] * 4
+    assert found[-1] == "[rank1]: ValueError: it was this"
+    assert records.first_traceback(log).splitlines()[1:] == ["  of the run before", "Error: old"]
+    assert records.first_traceback(log, log.stat().st_size) == ""
+    assert records.first_traceback(tmp_path / "none") == ""
 
 
 def test_last_words(tmp_path: Path) -> None:

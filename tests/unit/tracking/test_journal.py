@@ -145,3 +145,38 @@ def test_flatten() -> None:
         "a.b.c": "None",
         "d": "[1, {'e': 2}]",
     }
+
+
+def test_what_a_killed_run_does_again_is_written_once(tmp_path: Path) -> None:
+    first = Journal(str(tmp_path))
+    for samples in (16, 32, 48):
+        values = {"loss": 1 / samples, "speed": 10.0, "bad": math.nan}
+        first.metrics(values, samples)
+    second = Journal(str(tmp_path))  # from the checkpoint at 16
+    second.metrics({"loss": 1 / 32, "speed": 11.0, "bad": math.nan}, 32)  # to the bit, but for time
+    second.metrics({"loss": 1 / 48}, 48)  # nothing new
+    second.metrics({"loss": 0.9, "speed": 10.0, "bad": 1.0}, 48)  # after a rewind
+    second.metrics({"loss": 1 / 48}, 64)  # another sample
+    told = [(e.payload["samples"], e.payload["values"]) for e in read(tmp_path)[3:]]
+    assert told == [(32, {"speed": 11.0}), (48, {"loss": 0.9, "bad": 1.0}), (64, {"loss": 1 / 48})]
+    # A reader takes what was told last, so what was true before the last telling is told again.
+    Journal(str(tmp_path)).metrics({"loss": 1 / 48}, 48)
+    assert read(tmp_path)[-1].payload["values"] == {"loss": 1 / 48}
+
+
+def test_a_clock_that_is_behind_changes_no_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for now in (1000.0, 900.0, 1100.0):  # three hosts of a requeued run
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        Journal(str(tmp_path)).metrics({"loss": now}, samples=1)
+    assert [event.time for event in read(tmp_path)] == [1000.0, 1000.0, 1100.0]
+
+
+def test_a_run_keeps_its_id_and_no_other_has_it(tmp_path: Path) -> None:
+    ids = []
+    for folder in ("a", "a", "b"):
+        journal = Journal(str(tmp_path / folder))
+        journal.start(RunInfo("same", "same", "/same"))
+        ids.append(read(tmp_path / folder)[-1].payload["id"])
+    assert ids[0] == ids[1] != ids[2]

@@ -1,5 +1,6 @@
 """What is journaled reaches MLflow once, in order, and never holds up the training."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ import pytest
 
 from pretrain import mlflow_env, tracking
 from pretrain.errors import ConfigError
-from pretrain.tracking import NullTracker, TrackingConfig
+from pretrain.tracking import NullTracker, TrackingConfig, mlflow_tracker
 from pretrain.tracking.journal import Journal, JournalReader
-from pretrain.tracking.mlflow_tracker import MlflowTracker, Sender
+from pretrain.tracking.mlflow_tracker import MlflowTracker
+from pretrain.tracking.sender import Sender
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: the connection is refused
 
@@ -200,6 +202,96 @@ def test_what_mlflow_refuses_is_dropped_and_named_and_the_rest_is_sent(
     assert [level for _, level, _ in caplog.record_tuples] == [30, 30]
     assert "refused event 7 (metrics)" in caplog.text and "/no/such/file is gone" in caplog.text
     assert history(uri, tmp_path, "loss")[-1] == (77, 7.0)
+
+
+def test_a_run_that_was_deleted_waits_until_it_is_restored(uri: str, tmp_path: Path) -> None:
+    journal = journaled(tmp_path, uri)
+    sender = Sender(str(tmp_path), uri)
+    drain(sender)
+    client(uri).delete_run(sender.run_id)
+    journal.metrics({"loss": 9.0}, samples=99)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="was deleted; restore it there"):
+            drain(sender)
+    client(uri).restore_run(sender.run_id)
+    drain(sender)
+    assert history(uri, tmp_path, "loss")[-1] == (99, 9.0)
+
+
+def test_files_that_cannot_be_sent_are_owed_and_hold_up_nothing(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failing store is made up here; for a real one see tests/cluster/test_tracking.py."""
+    journal = journaled(tmp_path, uri)
+    for name in ("bad", "good"):
+        (tmp_path / name).write_text(name)
+        journal.artifact(str(tmp_path / name))
+    journal.metrics({"loss": 9.0}, samples=99)
+    true = Sender._send_artifact
+
+    def store(self: Sender, to: Any, events: Any) -> None:
+        if events[0].payload["path"] == "bad":
+            raise ConnectionError("the store is down")
+        true(self, to, events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sender, "_send_artifact", store)
+        sender = Sender(str(tmp_path), uri)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                drain(sender)
+        assert history(uri, tmp_path, "loss")[-1] == (99, 9.0)
+        run_id = sender.run_id
+        assert [f.path for f in client(uri).list_artifacts(run_id)] == ["good"]
+        assert sender.unsent == 1
+    again = Sender(str(tmp_path), uri)  # another process, from what is written down
+    assert again.unsent == 1
+    drain(again)
+    assert again.unsent == 0
+    assert [f.path for f in client(uri).list_artifacts(run_id)] == ["bad", "good"]
+
+
+def test_a_server_that_fails_now_and_then_is_not_waited_for(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call fails every other time: no wait grows while something is done."""
+    journaled(tmp_path, uri, metrics=3)
+    for kind in ("start", "params", "metrics"):
+        true = getattr(Sender, f"_send_{kind}")
+        calls = iter(range(1000))
+
+        def flaky(self: Any, *args: Any, true: Any = true, calls: Any = calls) -> None:
+            if next(calls) % 2 == 0:
+                raise ConnectionError
+            true(self, *args)
+
+        monkeypatch.setattr(Sender, f"_send_{kind}", flaky)
+    assert tracking.sync(str(tmp_path), uri) == 0
+    assert history(uri, tmp_path, "loss") == [(i * 8, i / 2) for i in range(3)]
+
+
+def test_a_sender_that_was_killed_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "_RESPAWN_SECONDS", 0.0)
+    tracker = start(NOWHERE, tmp_path, drain_seconds=0)
+    child = tracker._child
+    child.kill()
+    child.wait()
+    tracker.metrics({"loss": 1.0}, samples=1)
+    assert tracker._child is not child and tracker._child.poll() is None
+    tracker.finish("failed")
+
+
+def test_secrets_in_files_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "password"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD_FILE", str(file))
+    for written, known in [(None, ""), ("one\n", "one"), ("two", "two"), ("", "two")]:
+        if written is not None:
+            file.write_text(written)
+        mlflow_env.read_credentials()
+        assert os.environ["MLFLOW_TRACKING_PASSWORD"] == known
 
 
 def test_only_rank_0_tracks(tmp_path: Path) -> None:
