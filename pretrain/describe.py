@@ -154,7 +154,7 @@ def _text(path: str) -> dict[str, Any]:
     model = TEXT_MODELS[kind]
     width = own.d_model if model == "t5" else own.hidden_size
     made = TransformersTextConfig(
-        model=model,  # type: ignore[arg-type]
+        model=model,
         path=path,
         subfolder="text_encoder",
         width=width,

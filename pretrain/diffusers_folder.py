@@ -112,6 +112,7 @@ def _scheduler(predictor: Predictor) -> Any:
             prediction_type=_PREDICTION[path.predict],
             timestep_spacing="trailing",
             set_alpha_to_one=True,
+            steps_offset=1,  # no matter to trailing times; StableDiffusionPipeline warns of 0
             clip_sample=False,
         )
     raise ExportError(

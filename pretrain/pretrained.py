@@ -71,7 +71,11 @@ class Pretrained:
             ConfigError: as `WeightFiles.check`.
         """
         for part in self._parts:
-            own = {n.removeprefix(part.begins): s for n, s in shapes.items() if part.begins in n}
+            own = {
+                n.removeprefix(part.begins): s
+                for n, s in shapes.items()
+                if n.startswith(part.begins)
+            }
             if not own:
                 raise AssertionError(f"no parameter begins with {part.begins}")
             prefix = part.files.prefix(own)
@@ -101,13 +105,14 @@ def check_unet(config: ModelConfig, folder: Path) -> None:
     Raises:
         ConfigError: it is another, with the field to change.
     """
-    wanted = build(UNetConfig, describe.unet(folder), "model.unet")
-    for name in UNetConfig.model_fields:
+    tree = describe.unet(folder)
+    wanted = build(UNetConfig, tree, "model.unet")
+    for name in tree:
         own, theirs = _resolved(config.unet, name), _resolved(wanted, name)
         if own != theirs:
             raise ConfigError(
                 f"model.unet.{name}={own}, but config.json of {str(folder)!r} says {theirs}; set "
-                f"model.unet.{name}: {theirs} (`python -m pretrain describe` prints all of it)"
+                f"model.unet.{name}: {tree[name]} (`python -m pretrain describe` prints all of it)"
             )
 
 

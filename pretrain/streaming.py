@@ -1,12 +1,12 @@
 """A task whose weights never lie whole on a rank: made without storage, then filled and cut one
 module at a time.
 
-A parameter that starts from a file is cut before anything is read; each rank then reads the rows of
-its own part. Over all ranks each byte of the files is read about once. What has no file is made
+A parameter that starts from a file is cut before anything is read; each rank then reads the bytes
+of its own part. Over all ranks each byte of the files is read about once. What has no file is made
 anew, from a seed of its own name, so any number of ranks starts from the same weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pretrain.partitions import even_part
 from pretrain.pretrained import Pretrained
 from pretrain.rng import derive_seed
 
+_CHUNK = 1 << 20  # elements that are read at once
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,19 +37,22 @@ def fill(task: nn.Module, pretrained: Pretrained, config: EngineConfig, seed: in
     """
     pretrained.check({name: tuple(p.shape) for name, p in task.named_parameters()})
     cut = _Cutter(config) if config.zero_stage == 3 else None
+    room = _Room(shared=cut is not None)
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
     for path, module in list(task.named_modules()):
         own = {n: p for n, p in module._parameters.items() if p is not None and p.is_meta}
         if not own:
+            if cut is not None:
+                cut(module)  # what was made whole, as objectives are
             continue
         names = {n: f"{path}.{n}" if path else n for n in own}
+        read = [n for n in own if pretrained.has(names[n])]
+        room.reset()
         for n, p in own.items():
             if id(p) not in made:
-                made[id(p)] = nn.Parameter(
-                    torch.empty(p.shape, device=comm.device()), p.requires_grad
-                )
+                dtype = cut.dtype if cut is not None and n in read else torch.float32
+                made[id(p)] = nn.Parameter(room.take(p.shape, dtype), p.requires_grad)
             module._parameters[n] = made[id(p)]
-        read = [n for n in own if pretrained.has(names[n])]
         if len(read) < len(own):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(seed, "fresh", path))
@@ -56,7 +60,7 @@ def fill(task: nn.Module, pretrained: Pretrained, config: EngineConfig, seed: in
         # (A part that was put on NVMe is no longer there to be written.)
         late = cut is not None and config.offload_parameters != "nvme"
         if cut is not None and late:
-            cut(module)
+            cut(module, read)
         for n in read:
             _read_into(module._parameters[n], names[n], pretrained)
         if cut is not None and not late:
@@ -73,29 +77,70 @@ def _read_into(parameter: Any, name: str, pretrained: Pretrained) -> None:
             parameter.copy_(value.view_as(parameter))
             return
         start, stop = even_part(parameter.ds_numel, comm.rank(), comm.world_size())
-        part[: stop - start].copy_(pretrained.read(name, start, stop))
+        for at in range(start, stop, _CHUNK):
+            end = min(at + _CHUNK, stop)
+            part[at - start : end - start].copy_(pretrained.read(name, at, end))
         part[stop - start :].zero_()
 
 
+class _Room:
+    """Memory for a module's whole parameters. Those that are cut at once share one place: to
+    allocate and free each between the parts, which stay, would leave gaps that nothing fits into
+    (measured: peaks of 0.61 to 0.73 of a model on 2 ranks; 0.55 with this).
+
+    Args:
+        shared: whether what was taken before `reset` is free then.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self._shared = shared
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=comm.device())
+        self._used = 0
+
+    def reset(self) -> None:
+        """A new module begins."""
+        self._used = 0
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor without values."""
+        size = -(-shape.numel() * dtype.itemsize // 64) * 64
+        if not self._shared:
+            return torch.empty(shape, dtype=dtype, device=comm.device())
+        if self._used + size > len(self._bytes):
+            # (What was taken of the old place keeps it.)
+            self._bytes = torch.empty(size, dtype=torch.uint8, device=comm.device())
+            self._used = 0
+        part = self._bytes[self._used : self._used + size]
+        self._used += size
+        return part.view(dtype)[: shape.numel()].view(shape)
+
+
 class _Cutter:
-    """Cuts modules as `deepspeed.initialize` would cut the whole task."""
+    """Cuts modules as `deepspeed.initialize` would cut the whole task.
+
+    Attributes:
+        dtype: of the weights.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._dtype = _DTYPES[config.precision]
-        self._settings = dict(deepspeed_config(config, 1))
-        self._convert: Callable[..., None] | None = None
-
-    def __call__(self, module: nn.Module) -> None:
         import deepspeed
 
-        parameters = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
-        for p in parameters:
-            p.data = p.data.to(self._dtype)
-        if self._convert is not None:
-            self._convert(param_list=parameters)
-        elif parameters:
-            alone = nn.Module()
-            for i, p in enumerate(parameters):
-                alone.register_parameter(str(i), p)
-            deepspeed.zero.Init(module=alone, config_dict_or_path=self._settings, dtype=self._dtype)
-            self._convert = parameters[0].convert_to_zero_parameters
+        self.dtype = _DTYPES[config.precision]
+        # (An empty module: it then sets up all that it does for one.)
+        self._zero: Any = deepspeed.zero.Init(
+            module=nn.Module(), config_dict_or_path=deepspeed_config(config, 1), dtype=self.dtype
+        )
+
+    def __call__(self, module: nn.Module, empty: Collection[str] = ()) -> None:
+        """Cut the parameters that ``module`` itself holds; those named in ``empty`` have no values
+        yet, which are then not sent to the other ranks, nor their memory touched."""
+        for name, parameter in module.named_parameters(recurse=False):
+            p: Any = parameter
+            if hasattr(p, "ds_id"):
+                continue
+            if name in empty:
+                self._zero._convert_to_deepspeed_param(p)
+                p.partition()
+            else:
+                p.data = p.data.to(self.dtype)
+                self._zero._convert_to_zero_parameters([p])

@@ -92,10 +92,21 @@ class Diffusers:
 
         field = "model.autoencoder"
         folder = hub.folder(f"{field}.path", config.path, config.subfolder)
+        cls = getattr(diffusers, config.model)
         try:
-            vae: Any = getattr(diffusers, config.model).from_pretrained(
-                folder, torch_dtype=_DTYPES[config.precision], local_files_only=True
+            made = cls.load_config(folder, local_files_only=True).get("_class_name", config.model)
+            if made != config.model:
+                raise ValueError(f"its config.json is of a {made}")
+            vae: Any
+            vae, found = cls.from_pretrained(
+                folder,
+                output_loading_info=True,
+                torch_dtype=_DTYPES[config.precision],
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # it would need accelerate
             )
+            if found["missing_keys"]:
+                raise ValueError(f"it lacks {sorted(found['missing_keys'])[0]}, and perhaps more")
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(

@@ -152,6 +152,7 @@ class DiffDis(nn.Module):
             condition_dim=config.text_encoder.width,
             query_dim=config.text_encoder.query_dim,
         )
+        self._null_c_1LD: Tensor | None = None
         self.register_buffer("null_tokens_L", null_tokens_L, persistent=False)
         self.register_buffer("null_mask_L", null_mask_L, persistent=False)
 
@@ -210,8 +211,13 @@ class DiffDis(nn.Module):
         return TextFeatures(features.c_BLD[:-1], features.e_BE[:-1]), features.c_BLD[-1:]
 
     def null_condition(self) -> Tensor:
-        """The null prompt's condition alone, (1, L, D)."""
-        return self.text_encoder(self.null_tokens_L[None], self.null_mask_L[None]).c_BLD
+        """The null prompt's condition alone, (1, L, D); of a frozen encoder it is kept."""
+        if self._null_c_1LD is not None:
+            return self._null_c_1LD.to(self.null_tokens_L.device)
+        c_1LD: Tensor = self.text_encoder(self.null_tokens_L[None], self.null_mask_L[None]).c_BLD
+        if self.frozen_text_encoder is not None:
+            self._null_c_1LD = c_1LD
+        return c_1LD
 
     def forward(
         self, noised: Noised, generation: bool = True, alignment: bool = True

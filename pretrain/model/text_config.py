@@ -1,8 +1,9 @@
 """What text encoder a model has: the settings, and what of them is known without opening a file."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain.config import Config
 
@@ -79,6 +80,12 @@ class TransformersTextConfig(Config):
     length: int = Field(77, ge=3)
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("settings")
+    @classmethod
+    def _numbers(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """YAML 1.1 reads 1e-05 (no dot), which JSON writes, as text."""
+        return {name: _number(value) for name, value in settings.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> "TransformersTextConfig":
         if self.query == "pooled" and self.query_dim != self.width:
@@ -106,6 +113,13 @@ class TransformersTextConfig(Config):
                 "engine.precision: remove it"
             )
         return self
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and value[:1].isdigit():
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 AnyTextConfig = Annotated[TextEncoderConfig | TransformersTextConfig, Field(discriminator="kind")]

@@ -28,7 +28,7 @@ _ASIDE = {
 
 def shape(config: TransformersTextConfig) -> Any:
     """The library's own configuration: of the folder where ``path`` is one of this machine, else of
-    ``settings``.
+    ``settings``; without any, of what the hub gives.
 
     Raises:
         ConfigError: the folder has none, or another than ``settings`` or ``width``; or a setting is
@@ -43,14 +43,13 @@ def shape(config: TransformersTextConfig) -> Any:
                 "field; see its documentation for their names"
             )
     here = config.path is not None and Path(config.path).is_dir()
-    if not here and not config.settings:
+    if config.path is None and not config.settings:
         raise ConfigError(
-            f"{FIELD}.path={config.path!r} is not a folder of this machine, and settings is empty: "
-            "the encoder's shape is not known; give the folder, or the fields of its config.json "
-            "as settings"
+            f"{FIELD}.path is not given, and settings is empty: the encoder's shape is not known; "
+            "give a folder, or the fields of its config.json as settings"
         )
-    found = _read(cls, config) if here else cls(**config.settings)
-    if here:
+    if here or not config.settings:
+        found = _read(cls, config)
         for name, value in config.settings.items():
             own = getattr(found, name)
             if own != value and list(_listed(own)) != list(_listed(value)):
@@ -58,6 +57,8 @@ def shape(config: TransformersTextConfig) -> Any:
                     f"{FIELD}.settings.{name}={value!r}, but the encoder in path={config.path!r} "
                     f"has {own!r}; make them equal, or remove the setting"
                 )
+    else:
+        found = cls(**config.settings)
     width = found.d_model if config.model == "t5" else found.hidden_size
     if width != config.width:
         where = "settings" if config.path is None else f"path={config.path!r}"
@@ -103,7 +104,8 @@ class TransformersTextEncoder(nn.Module):
             tower.embeddings = _ClipEmbeddings(tower.embeddings)
         elif self.kind == "t5":
             # Tied to `shared`, which is what is called here: one name for one tensor.
-            self.encoder.encoder.embed_tokens = None
+            stack: Any = self.encoder.encoder
+            stack.embed_tokens = None
         self.projects = config.query == "projection"
         self.query = (
             nn.Linear(config.width, config.query_dim, bias=False)
@@ -130,6 +132,13 @@ class TransformersTextEncoder(nn.Module):
     def vocab_size(self) -> int:
         """Token ids that it knows."""
         return int(self.config.vocab_size)
+
+    def train(self, mode: bool = True) -> "TransformersTextEncoder":
+        """As of any module, but without the encoder's dropout: it would draw from a generator of
+        the process, and no draw here depends on anything but the sample."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
 
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor) -> TextFeatures:
         """Features of tokens. T5 and XLM-R do not attend to padding; CLIP does not see behind a
@@ -196,6 +205,9 @@ class FrozenTransformers:
         self.folder = hub.folder(f"{FIELD}.path", config.path, config.subfolder, config.variant)
         own = shape(config.model_copy(update={"path": str(self.folder), "subfolder": None}))
         _, cls, more = _classes(config)
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             encoder, found = cls.from_pretrained(
                 self.folder,

@@ -80,7 +80,7 @@ def save(
             artifacts={"model": str(folder.absolute())},
             signature=signature(),
             input_example=example() if input_example is None else input_example,
-            pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
+            pip_requirements=[f"{name}=={_release(name)}" for name in _needed(folder)],
         )
     for cache in list(path.rglob("__pycache__")):
         shutil.rmtree(cache)
@@ -158,6 +158,12 @@ def example() -> "pd.DataFrame":
     import pandas as pd
 
     return pd.DataFrame(golden.requests()[1:], columns=["task", "text", "image", "labels"])
+
+
+def _needed(folder: Path) -> tuple[str, ...]:
+    """What the served model of an exported one imports."""
+    pretrained = (folder / "tokenizer").is_dir()  # with a text encoder of transformers
+    return (*REQUIREMENTS, "transformers") if pretrained else REQUIREMENTS
 
 
 def signature() -> Any:

@@ -15,13 +15,13 @@ from pretrain.rng import generator
 from pretrain.streaming import fill
 from tests.support import stable_diffusion
 
-# Of pixels in [-1, 1], fp32, 10 steps of DDIM under guidance 4. Measured 3e-6 at most: the
-# sampler's coefficients are formed in another order.
-TOLERANCE = 1e-4
-PROMPTS, SEEDS, STEPS, GUIDANCE = ["red apple", "blue"], [0, 7], 10, 4.0
+# Of pixels in [-1, 1], fp32, DDIM under guidance 4. Measured 7e-7 after 10 steps: the sampler's
+# coefficients are formed in another order.
+TOLERANCE = 1e-5
+PROMPTS, SEEDS, STEPS, GUIDANCE = ["red apple", "blue"], [0, 7], 5, 4.0
 
 
-@pytest.fixture(scope="module", params=["1", "2", "1, sharded", "1, tiny autoencoder"])
+@pytest.fixture(scope="module", params=["1, sharded", "2, tiny autoencoder"])
 def folder(request, tmp_path_factory):
     version = int(request.param[0])
     shard = "100KB" if "sharded" in request.param else "10GB"

@@ -19,7 +19,13 @@ SCHEDULE = {
 }
 
 
-def make(folder: Path, version: int = 1, shard: str = "10GB", vae: str = "AutoencoderKL") -> Path:
+def make(
+    folder: Path,
+    version: int = 1,
+    shard: str = "10GB",
+    vae: str = "AutoencoderKL",
+    channels: tuple[int, ...] = CHANNELS,
+) -> Path:
     """Write it.
 
     Args:
@@ -27,6 +33,7 @@ def make(folder: Path, version: int = 1, shard: str = "10GB", vae: str = "Autoen
             projections, heads of one width).
         shard: most bytes of one of the U-Net's files.
         vae: AutoencoderKL or AutoencoderTiny.
+        channels: of the U-Net's levels; the last has no attention.
     """
     import diffusers
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -47,13 +54,13 @@ def make(folder: Path, version: int = 1, shard: str = "10GB", vae: str = "Autoen
         initializer_factor=4.0,  # else the tokens differ too little to be told apart
     )
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
+        sample_size=2 ** (len(channels) + 1),
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * (len(channels) - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(channels) - 1),
+        layers_per_block=1 if len(channels) == 2 else 2,
         cross_attention_dim=32,
-        attention_head_dim=4 if version == 1 else (2, 4),
+        attention_head_dim=4 if version == 1 else tuple(c // 16 for c in channels),
         norm_num_groups=8,
         use_linear_projection=version == 2,
     )
