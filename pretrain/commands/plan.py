@@ -11,8 +11,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", required=True, help="YAML file, such as configs/sd15-512.yaml")
     add_overrides(parser)
-    parser.add_argument("--nodes", type=_count, required=True)
-    parser.add_argument("--gpus-per-node", type=_count, default=8, help="default: 8")
+    parser.add_argument("--nodes", type=_count, required=True, help="of the cluster")
+    parser.add_argument("--gpus-per-node", type=_count, default=8, help="(default: 8)")
     parser.add_argument("--gpu", required=True, help="a100, a100-40, h100 or h200")
     parser.add_argument(
         "--samples", type=_count, help="to see; 1e9 is understood (default: training.samples)"

@@ -6,7 +6,7 @@ the noisiest. All functions are elementwise over tensors of times.
 """
 
 import math
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -71,13 +71,12 @@ class ScaledLinear:
     """
 
     def __init__(self, config: ScaledLinearConfig) -> None:
-        roots = torch.linspace(
-            config.beta_start**0.5, config.beta_end**0.5, config.steps, dtype=torch.float64
-        )
+        # On the CPU also where a model is made on the meta device: transformers' from_pretrained can
+        # leave torch.device("meta") with an idea of torch.linspace that is no longer it.
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps, **kind)
         log_abar = torch.log1p(-(roots**2)).cumsum(0)
-        self._log_abar = torch.cat(
-            [torch.zeros(1, dtype=torch.float64), log_abar]
-        )  # index 0: clean
+        self._log_abar = torch.cat([torch.zeros(1, **kind), log_abar])  # index 0: clean
         self.t_max = float(config.steps)
 
     def _log_alpha(self, t: Tensor) -> Tensor:

@@ -225,7 +225,8 @@ def journaled(output: Path) -> Points:
 
 @pytest.fixture
 def as_admin(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An MLflow client that asks the server itself."""
+    """An MLflow client that asks the server itself, which is up."""
+    site.server.wait()
     for name, value in {**site.client(), **site.server.admin()}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD_FILE")

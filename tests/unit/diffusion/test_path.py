@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain.diffusion.path import StreamConfig, build_path
-from pretrain.diffusion.schedule import EDMConfig, ScaledLinearConfig
+from pretrain.diffusion.schedule import EDMConfig, ScaledLinear, ScaledLinearConfig
 from pretrain.errors import ConfigError
 
 STREAMS = {
@@ -86,3 +86,10 @@ def test_edm_times_are_log_normal():
 def test_a_pair_that_does_not_go_together_is_refused(stream):
     with pytest.raises(ConfigError, match="predict="):
         build_path(stream)
+
+
+def test_the_table_of_a_schedule_is_numbers_where_a_model_is_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        made = ScaledLinear(ScaledLinearConfig())
+    t = torch.tensor([0.0, 1.0, 500.5])
+    assert torch.equal(made.alpha(t), ScaledLinear(ScaledLinearConfig()).alpha(t))
