@@ -71,8 +71,8 @@ class ScaledLinear:
     """
 
     def __init__(self, config: ScaledLinearConfig) -> None:
-        # On the CPU also where a model is made on the meta device: transformers' from_pretrained can
-        # leave torch.device("meta") with an idea of torch.linspace that is no longer it.
+        # On the CPU also where a model is made on the meta device: from_pretrained of transformers
+        # can leave torch.device("meta") with a torch.linspace in mind that is no longer it.
         kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps, **kind)
         log_abar = torch.log1p(-(roots**2)).cumsum(0)
