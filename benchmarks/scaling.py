@@ -204,8 +204,10 @@ def draw(found: dict[str, list[Any]], out: Path) -> bool:
         style = {"color": f"C{presets.index(preset)}", "ls": "-" if stage == "ZeRO-3" else ":"}
         x = [p.ranks for p in of_line]
         label = f"{preset}, {stage}"
-        axes.plot(x, [p.found.images_per_second for p in of_line], "o-", ms=3, label=label, **style)
-        memory.plot(x, [p.found.device_bytes / 1e9 for p in of_line], "o-", ms=3, **style)
+        axes.plot(
+            x, [p.found.images_per_second for p in of_line], marker="o", ms=3, label=label, **style
+        )
+        memory.plot(x, [p.found.device_bytes / 1e9 for p in of_line], marker="o", ms=3, **style)
     memory.axhline(80, color="grey", lw=0.8)
     if lines:
         axes.legend(frameon=False, fontsize=7)
