@@ -22,6 +22,14 @@ def run_verb(args: argparse.Namespace, package: str) -> int:
     return int(plugins.load(package, args.verb, "verb").run(args))
 
 
+def count(text: str) -> int:
+    """An integer from 1 on; 1e9 is one too."""
+    value = float(text)
+    if value != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(value)
+
+
 def add_overrides(parser: argparse.ArgumentParser, help: str = "override one field") -> None:
     """``--set FIELD=VALUE``, any number of times, as ``args.overrides``."""
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pretrain.commands._options import add_overrides
+from pretrain.commands._options import add_overrides, count
 
 HELP = "predict memory, time and price of a run on a cluster of GPUs, from its configuration alone"
 
@@ -11,11 +11,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("--config", required=True, help="YAML file, such as configs/sd15-512.yaml")
     add_overrides(parser)
-    parser.add_argument("--nodes", type=_count, required=True, help="of the cluster")
-    parser.add_argument("--gpus-per-node", type=_count, default=8, help="(default: 8)")
+    parser.add_argument("--nodes", type=count, required=True, help="of the cluster")
+    parser.add_argument("--gpus-per-node", type=count, default=8, help="(default: 8)")
     parser.add_argument("--gpu", required=True, help="a100, a100-40, h100 or h200")
     parser.add_argument(
-        "--samples", type=_count, help="to see; 1e9 is understood (default: training.samples)"
+        "--samples", type=count, help="to see; 1e9 is understood (default: training.samples)"
     )
     parser.add_argument("--price", type=float, help="dollars of one GPU's hour")
 
@@ -32,11 +32,3 @@ def run(args: argparse.Namespace) -> int:
     samples = args.samples or settings.training.samples
     print(forecast_text.render(work, found, gpu, args.nodes, samples, args.price))
     return 0
-
-
-def _count(text: str) -> int:
-    """An integer from 1 on; 1e9 is one too."""
-    value = float(text)
-    if value != int(value) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(value)

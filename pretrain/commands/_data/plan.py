@@ -2,25 +2,27 @@
 
 import argparse
 
+from pretrain.commands._options import count
+
 HELP = "simulate who reads what: bytes of each rank, longest queue, cache of a node"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("manifest", nargs="?", help="or --shards and --samples, without any data")
-    parser.add_argument("--ranks", type=_count, required=True)
+    parser.add_argument("--ranks", type=count, required=True)
     parser.add_argument(
-        "--nodes-of", type=_count, default=8, metavar="N", help="ranks of a node (default: 8)"
+        "--nodes-of", type=count, default=8, metavar="N", help="ranks of a node (default: 8)"
     )
-    parser.add_argument("--shards", type=_count, help="of a made-up corpus")
-    parser.add_argument("--samples", type=_count, help="of all shards together; 1e9 is understood")
+    parser.add_argument("--shards", type=count, help="of a made-up corpus")
+    parser.add_argument("--samples", type=count, help="of all shards together; 1e9 is understood")
     parser.add_argument(
         "--shard-gib", type=float, default=1.0, help="mean size of a shard (default: 1)"
     )
     parser.add_argument(
         "--spread", type=float, default=0.1, help="shards vary by +- this share (default: 0.1)"
     )
-    parser.add_argument("--lanes", type=_count, help="default: from the number of shards")
+    parser.add_argument("--lanes", type=count, help="default: from the number of shards")
     parser.add_argument(
         "--window",
         type=_window,
@@ -63,13 +65,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    """An integer from 1 on; 1e9 is one too."""
-    value = float(text)
-    if value != int(value) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
-    return int(value)
-
-
 def _window(text: str) -> int | None:
-    return None if text == "lane" else _count(text)
+    return None if text == "lane" else count(text)
