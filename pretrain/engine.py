@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,13 +92,24 @@ class Engine:
             fill(task, pretrained, config, seed)
         adamw = build_optimizer(task, optimizer)
         self._rate_scales = [group["rate_scale"] for group in adamw.param_groups]
+        largest = max(int(getattr(p, "ds_numel", p.numel())) for p in task.parameters())
+        self._whole = config.keeps_whole(largest)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=task.to(comm.device()),
                 optimizer=adamw,
-                config=deepspeed_config(config, self.accumulation),
+                config=deepspeed_config(config, self.accumulation, self._whole),
             )
+        if self._whole:
+            # Nothing is left for the hooks to gather or to let go of, and before and behind each
+            # module they took a quarter of a small network's step. (Gathered after each step, too:
+            # by `_make_whole` in one collective, where DeepSpeed would take one a parameter.)
+            self._optimizer.parameter_offload.destroy()
+            self._optimizer.persistent_parameters = []
+            self._make_whole()
+        self._norm: float | None = None
+        self._engine.clip_fp32_gradients = self._clip  # which stage 0 calls
         self.partitions = Partitions(
             self._engine.module, self._optimizer, comm.rank(), comm.world_size()
         )
@@ -135,10 +147,12 @@ class Engine:
                 self._engine.backward(output.loss)
             with phase("optimizer"):
                 self._engine.step()
+                self._make_whole()
             outputs.append(output)
             losses.append(loss)
         mean = sum(losses) / len(losses)
-        if getattr(self._optimizer, "overflow", False):
+        unclipped = self._norm is not None and not math.isfinite(self._norm)
+        if unclipped or getattr(self._optimizer, "overflow", False):
             return Refusal(SCALE if self.config.precision == "fp16" else GRADIENT, mean)
         self.guard.accept(mean)
         with phase("moving averages"):
@@ -149,7 +163,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping. Not collective."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
         return float(norm) if norm is not None else math.nan
 
     def gather(self, half_life: int | None = None) -> dict[str, Tensor]:
@@ -173,6 +187,7 @@ class Engine:
                         full = parameter.detach().clone()
                 assert full is not None, name
                 state[name] = full.detach().float().cpu().clone()
+        self._make_whole()
         return state
 
     def copy(self) -> Copy:
@@ -183,6 +198,7 @@ class Engine:
     def restore(self, copy: Copy) -> None:
         """Go back to a copy of this rank's own; where `Partitions.restorable`."""
         self.partitions.restore(copy)
+        self._make_whole()
         for kind, copies in self.ema.tensors().items():
             for mine, value in zip(copies, copy.tensors[kind], strict=True):
                 mine.copy_(value)
@@ -207,6 +223,7 @@ class Engine:
                 "start with a new output"
             )
         self.partitions.load(parts.read, parts.steps)
+        self._make_whole()
         self.ema.restart()
         for kind, copies in self.ema.tensors().items():
             if kind in parts.kinds:
@@ -242,6 +259,24 @@ class Engine:
             finally:
                 for flat, value in zip(self.partitions.flats, kept, strict=True):
                     flat.data.copy_(value)
+
+    def _clip(self) -> None:
+        """As DeepSpeed in stage 0, which forgets the norm and steps with one that is not finite."""
+        parameters = list(self._engine.module.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            self._engine.optimizer.zero_grad()  # what has no gradient is not moved
+
+    def _make_whole(self) -> None:
+        """Gather, where no hook does it, parameters that DeepSpeed has cut."""
+        if self._whole:
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+            cut: list[Any] = list(self._engine.module.parameters())
+            cut = [p for p in cut if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            if cut:
+                cut[0].all_gather_coalesced(cut).wait()
 
     def _drop_gradients(self, micro_steps: int) -> None:
         """Forget the micro-batches of this step that were already taken in."""

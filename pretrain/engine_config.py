@@ -34,7 +34,7 @@ class EngineConfig(Config):
             overflows.
         loss_scale_window: steps without an overflow after which it doubles.
         persist_parameters: parameters of at most this many elements are kept whole on every rank,
-            not gathered.
+            not gathered. Where that is all of them, ZeRO-3's hooks at every module are taken off.
         live_parameters: gathered elements that may stay whole from one use to the next (under
             stage 3); what is used again within as many elements is not gathered twice. 0 gathers
             for each use; fewer also start faster, as DeepSpeed looks that far ahead at each module.
@@ -82,6 +82,12 @@ class EngineConfig(Config):
             )
         return self
 
+    def keeps_whole(self, largest: int) -> bool:
+        """Whether stage 3 keeps every parameter whole from one step to the next, the ``largest``
+        having so many elements: gradients and the optimizer's state alone are then cut."""
+        cuts = self.zero_stage == 3 and self.offload_parameters == "none"
+        return cuts and largest <= self.persist_parameters
+
     def for_ranks(self, world: int) -> "EngineConfig":
         """The settings that ``world`` ranks run with: stage 0 on one, unless its state is in half
         precision or offloaded, or ``cut_for_one``."""
@@ -112,8 +118,11 @@ def accumulation(config: EngineConfig, global_batch: int, world: int) -> int:
     return global_batch // per_pass
 
 
-def deepspeed_config(config: EngineConfig, accumulation_steps: int) -> Mapping[str, Any]:
-    """DeepSpeed's own configuration for ``config``."""
+def deepspeed_config(
+    config: EngineConfig, accumulation_steps: int, whole: bool = False
+) -> Mapping[str, Any]:
+    """DeepSpeed's own configuration for ``config``; ``whole`` as `EngineConfig.keeps_whole` says of
+    the task."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage:
         zero |= {
@@ -127,6 +136,9 @@ def deepspeed_config(config: EngineConfig, accumulation_steps: int) -> Mapping[s
             "stage3_prefetch_bucket_size": config.bucket_elements,
             "stage3_max_live_parameters": config.live_parameters,
             "stage3_max_reuse_distance": config.live_parameters,
+            # A linear layer that finds its weight again after it was let go of, at the price of an
+            # autograd function in Python.
+            "memory_efficient_linear": not whole,
         }
     if config.offload_optimizer != "none":
         zero["offload_optimizer"] = _offload(config.offload_optimizer, config.nvme_path)

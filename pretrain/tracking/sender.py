@@ -28,13 +28,16 @@ from pretrain.tracking.journal import Event, JournalReader
 
 _log = logging.getLogger(__name__)
 
-_EVENTS_PER_BATCH = 200
+_EVENTS_PER_BATCH = 1000
+_METRICS_PER_REQUEST = 1000  # as many as MLflow takes
+_FEWEST_METRICS = 50
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 # Answers that stay the same however often one asks; everything else is worth another try.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 _KEY = "pretrain.journal"  # the tag by which a run is found again whose id was never written down
 _POLL_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 10.0
+_LONGEST_WAIT_AT_THE_END = 1.0  # the trainer waits for us, and holds its hardware
 
 
 class Sender:
@@ -53,6 +56,7 @@ class Sender:
         self.ended = False  # the last event read was `finish`
         self.answers = 0  # steps of the work that are done, and need not be done again
         self._pending: list[Event] = []
+        self._room = _METRICS_PER_REQUEST
         self._owed: dict[int, Event] = {}
         if owed:
             events = JournalReader(self.reader.path).read()
@@ -75,19 +79,14 @@ class Sender:
                     break
         count = len(self._pending)
         while self._pending:
-            kind = self._pending[0].kind
-            same = 1
-            while (
-                kind == "metrics" and same < len(self._pending) and self._pending[same].kind == kind
-            ):
-                same += 1
-            if kind == "artifact":
-                self._owed[self._pending[0].sequence] = self._pending[0]
+            together = self._together()
+            if together[0].kind == "artifact":
+                self._owed[together[0].sequence] = together[0]
             else:
-                self._send(self._pending[:same])
-            self.sent = self._pending[same - 1].sequence
+                self._send(together)
+            self.sent = together[-1].sequence
             self._acknowledge()
-            del self._pending[:same]
+            del self._pending[: len(together)]
         for sequence in list(self._owed):
             event = self._owed.pop(sequence)
             self._owed[sequence] = event  # the last in turn, should it fail
@@ -102,6 +101,20 @@ class Sender:
         """Events of the journal, as it is now, that are not sent."""
         events = JournalReader(self.reader.path).read()
         return sum(event.sequence > self.sent for event in events) + len(self._owed)
+
+    def _together(self) -> list[Event]:
+        """The pending events that go in the next request: metrics as far as there is room in it,
+        anything else alone."""
+        if self._pending[0].kind != "metrics":
+            return self._pending[:1]
+        together: list[Event] = []
+        values = 0
+        for event in self._pending:
+            values += len(event.payload["values"]) if event.kind == "metrics" else 0
+            if event.kind != "metrics" or (together and values > self._room):
+                break
+            together.append(event)
+        return together
 
     def _send(self, events: Sequence[Event]) -> None:
         """Send events of one kind; one that the server refuses is dropped with a warning."""
@@ -118,8 +131,9 @@ class Sender:
                     f"MLflow run {self.run_id} was deleted; restore it there, and all is sent"
                 ) from error
             if len(events) > 1:
-                for event in events:
-                    self._send([event])
+                half = len(events) // 2
+                self._send(events[:half])
+                self._send(events[half:])
                 return
             event = events[0]
             _log.warning("MLflow refused event %d (%s): %s", event.sequence, event.kind, error)
@@ -148,8 +162,12 @@ class Sender:
             for event in events
             for key, value in event.payload["values"].items()
         ]
+        # A slow server may time out on a large request again and again, and each time do its work:
+        # fewer are tried until one comes through.
+        room, self._room = self._room, max(_FEWEST_METRICS, self._room // 2)
         for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
             client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
+        self._room = min(_METRICS_PER_REQUEST, 2 * room)
 
     def _send_artifact(self, client: Any, events: Sequence[Event]) -> None:
         path = self.folder.parent / events[0].payload["path"]
@@ -211,6 +229,18 @@ class Sender:
         storage.write_bytes(str(self.folder / name), json.dumps(content).encode())
 
 
+class _Ending:
+    """Whether the journal's last event is its run's end."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader, self._ended = JournalReader(path), False
+
+    def __call__(self) -> bool:
+        if events := self._reader.read():
+            self._ended = events[-1].kind == "finish"
+        return self._ended
+
+
 def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> int:
     """Send the journal of ``output`` until the run has finished or ``over()``.
 
@@ -239,10 +269,20 @@ def replay(output: str, uri: str, over: Callable[[], bool], patience: float) -> 
             where = mlflow_env.public(uri)
             _log.warning("MLflow at %s: %s; events wait in %s", where, text, folder)
 
+    ending = _Ending(folder / "events.jsonl")
+
+    def pause(seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        at_the_end = time.monotonic() + min(seconds, _LONGEST_WAIT_AT_THE_END)
+        while (left := (at_the_end if ending() else ends) - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL_SECONDS))
+
     retry = tenacity.Retrying(
-        wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=_LONGEST_WAIT_SECONDS),
+        # (Spread from nothing to the whole wait: a server that comes back meets all its runs.)
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_SECONDS),
         stop=give_up,
         before_sleep=warn,
+        sleep=pause,
     )
     with (folder / "sender.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed run's sender may still be at it

@@ -1,11 +1,13 @@
 """ZeRO-3 on real ranks over gloo against one rank and against a plain PyTorch loop."""
 
+import math
+
 import pytest
 import torch
 
 from pretrain.engine import Engine
 from pretrain.engine_config import EngineConfig
-from pretrain.guard import Refusal
+from pretrain.guard import GRADIENT, Refusal
 from pretrain.optim import OptimizerConfig, parameter_groups
 from pretrain.task import TaskConfig
 from tests.support import ranks, tiny
@@ -200,3 +202,36 @@ def refuse_one() -> dict:
 def test_a_nan_on_one_rank_is_refused_by_all():
     for result in ranks.run(f"{__name__}:refuse_one", 2):
         assert result["refused"] and result["kept"] and result["after"] == result["after"]
+
+
+def refuse_a_gradient(stage: int) -> dict:
+    """One gradient of the last rank is infinite, of a loss that is finite."""
+    from pretrain import comm
+    from pretrain.engine import init_distributed
+
+    init_distributed()
+    mine = GLOBAL_BATCH // comm.world_size()
+    config = EngineConfig(zero_stage=stage, micro_batch=mine, persist_parameters=0)
+    task = tiny.task(OBJECTIVES)
+    engine = Engine(task, config, OPTIMIZER, GLOBAL_BATCH)
+    batch = tiny.batch(mine, start=mine * comm.rank())
+    engine.step(batch, LR)
+    before, norm = engine.gather(), engine.gradient_norm()
+    last = comm.rank() == comm.world_size() - 1
+    parameter = next(p for n, p in task.named_parameters() if n.endswith("conv_in.weight"))
+    hook = parameter.register_hook(lambda g: torch.full_like(g, float("inf")) if last else g)
+    refusal = engine.step(batch, LR)
+    hook.remove()
+    assert isinstance(refusal, Refusal)
+    kept = all(torch.equal(before[n], p) for n, p in engine.gather().items())
+    after = engine.step(batch, LR)
+    moved = any(not torch.equal(before[n], p) for n, p in engine.gather().items())
+    finite = math.isfinite(norm) and norm > 0
+    return {"why": refusal.why, "kept": kept, "moved": moved, "norm": finite, "after": after.loss}
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 3)])
+def test_a_gradient_that_is_not_finite_moves_no_weight(world, stage):
+    for result in ranks.run(f"{__name__}:refuse_a_gradient", world, stage):
+        assert result["why"] == GRADIENT and math.isfinite(result.pop("after"))
+        assert result["kept"] and result["moved"] and result["norm"], result

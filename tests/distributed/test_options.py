@@ -22,7 +22,7 @@ STEPS, GLOBAL_BATCH, LR = 3, 8, 1e-3
 OBJECTIVES = {"generate": {}, "align": {}}
 
 FROZEN = ["model.trunk.unet", "model.text_encoder"]
-SMALL = 5000  # kept whole where a case does not say otherwise
+SMALL = 2000  # kept whole where a case does not say otherwise
 SETTINGS = {"persist_parameters": SMALL, "live_parameters": 0}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"live_parameters": 1_000_000_000},  # the others gather for each use
@@ -38,11 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16 overflow": {"precision": "fp16", "loss_scale_power": 32},
     "frozen": {"freeze": FROZEN},
     "frozen checkpointing": {"freeze": FROZEN, "activation_checkpointing": True},
+    "whole": {"persist_parameters": 10**9},
+    "whole frozen": {"persist_parameters": 10**9, "freeze": FROZEN},
+    "whole overflow": {"persist_parameters": 10**9, "precision": "fp16", "loss_scale_power": 32},
     "stage 2": {"zero_stage": 2, "activation_checkpointing": True, "offload_optimizer": "cpu"},
     "stage 0": {"zero_stage": 0, "activation_checkpointing": True},
     "not fused": {"zero_stage": 0, "fused": False},
 }
-TWO = ["plain", "all on cpu", "bf16", "frozen checkpointing"]
+WHOLE = ["whole", "whole frozen", "whole overflow"]
+TWO = ["plain", "all on cpu", "bf16", "frozen checkpointing", *WHOLE]
 MORE = ["checkpointing", "stage 2", "stage 0"]  # and ONE: soak runs
 ONE = ["plain", "checkpointing", "fp16", "fp16 overflow", "frozen", "not fused"]
 
@@ -76,11 +80,15 @@ def train(names: list[str]) -> dict[str, Any]:
                 else comm.mean_over_ranks({"loss": float(output.loss)})["loss"]
             )
             norms.append(engine.gradient_norm())
+            if name in WHOLE:
+                engine.gather()  # as an evaluation between steps; it cuts frozen parameters
+        hooks = sum(len(m._forward_pre_hooks) for m in engine._engine.module.modules())
         kept = held(engine)
         results[name] = {
             "losses": losses,
             "norms": norms,
             "bytes": kept,
+            "hooks": hooks,
             "state": engine.gather(),  # which lets frozen parameters go
         }
     return results
@@ -163,6 +171,18 @@ def test_fp32_options_follow_the_plain_run_to_rounding(request, two_ranks, name)
         assert loss < 1e-5 and weight < 1e-4
 
 
+def test_what_is_all_kept_whole_has_no_hooks_and_the_same_numbers(two_ranks):
+    for mine in two_ranks:
+        assert mine["plain"]["hooks"] > 50
+        assert all(mine[name]["hooks"] <= 1 for name in WHOLE)  # one of the root
+        for whole, plain in (("whole", "plain"), ("whole frozen", "frozen checkpointing")):
+            loss, weight = apart(mine[whole], mine[plain])
+            print(f"measured: loss {loss:.2e}, weight {weight:.2e}")
+            assert loss < 1e-6 and weight < 1e-5
+        assert mine["whole overflow"]["losses"] == [SCALE] * STEPS
+    only_frozen_stay(two_ranks[0]["whole frozen"])
+
+
 @pytest.mark.soak
 def test_fused_adamw_follows_the_other(one_rank):
     loss, weight = apart(one_rank["not fused"], one_rank["plain"])
@@ -221,7 +241,7 @@ def test_one_rank_follows_two(one_rank, two_ranks):
     assert loss < 1e-5 and weight < 1e-4
 
 
-@pytest.mark.parametrize("name", ["plain", "bf16", "frozen checkpointing"])
+@pytest.mark.parametrize("name", ["plain", "bf16", "frozen checkpointing", "whole"])
 def test_the_plan_tells_the_state_of_a_rank_of_two(two_ranks, name):
     the_plan_tells_the_state(2, name, two_ranks[0])
 

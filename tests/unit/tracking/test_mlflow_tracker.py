@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from pretrain import mlflow_env, tracking
 from pretrain.errors import ConfigError
 from pretrain.tracking import NullTracker, TrackingConfig, mlflow_tracker
+from pretrain.tracking import sender as sender_module
 from pretrain.tracking.journal import Journal, JournalReader
 from pretrain.tracking.mlflow_tracker import MlflowTracker
 from pretrain.tracking.sender import Sender
@@ -268,6 +270,58 @@ def test_a_server_that_fails_now_and_then_is_not_waited_for(
         monkeypatch.setattr(Sender, f"_send_{kind}", flaky)
     assert tracking.sync(str(tmp_path), uri) == 0
     assert history(uri, tmp_path, "loss") == [(i * 8, i / 2) for i in range(3)]
+
+
+def test_what_one_request_has_sent_is_not_sent_again_for_the_next(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are as large as MLflow takes; smaller while they fail, as a slow server's do by its
+    time; of those that came through none is repeated."""
+    journal = Journal(str(tmp_path), uri)
+    journal.start(TrackingConfig().run_info(str(tmp_path)))
+    for i in range(130):
+        journal.metrics({f"m{j}": float(i) for j in range(20)}, samples=i)
+    sizes: list[int] = []
+    fails = iter([False, True, True, False, True, False, False])
+    true = mlflow_env.load().MlflowClient.log_batch
+
+    def log_batch(self: Any, run_id: str, metrics: Any = (), **named: Any) -> None:
+        sizes.append(len(metrics))
+        if next(fails, False):
+            raise TimeoutError
+        true(self, run_id, metrics=metrics, **named)
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_batch", log_batch)
+    sender = Sender(str(tmp_path), uri)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            drain(sender)
+    drain(sender)
+    assert sizes == [1000, 1000, 500, 240, 500, 240, 500, 620]
+    assert history(uri, tmp_path, "m19") == [(i, float(i)) for i in range(130)]
+
+
+def test_the_trainer_that_has_finished_is_not_kept_waiting(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long wait ends with the run, and those after it are short."""
+    journal = journaled(tmp_path, uri)
+    monkeypatch.setattr(sender_module, "_LONGEST_WAIT_SECONDS", 1000.0)
+    monkeypatch.setattr("tenacity.wait_random_exponential.__call__", lambda *_: 1000.0)
+    failures = iter([True, True, True])
+    true = Sender.step
+
+    def step(self: Sender) -> int:
+        if next(failures, False):
+            raise ConnectionError
+        return true(self)
+
+    monkeypatch.setattr(Sender, "step", step)
+    threading.Timer(1.0, journal.finish, ["finished"]).start()
+    began = time.monotonic()
+    assert tracking.sync(str(tmp_path), uri, patience=3600) == 0
+    assert time.monotonic() - began < 30
+    assert run_of(uri, tmp_path).info.status == "FINISHED"
 
 
 def test_a_sender_that_was_killed_is_started_again(
