@@ -31,7 +31,7 @@ def autoencoder_sha256(
 ) -> str:
     """Of settings and, where there are any, weights; not of the folder they lie in."""
     if not isinstance(autoencoder, Diffusers):
-        return digest(config.model_dump(mode="json"), {})
+        return digest(config.model_dump(mode="json", exclude_none=True), {})
     # (Keys that begin with `_` name the folder and the version of diffusers.)
     fields = {k: v for k, v in autoencoder.vae.config.items() if not k.startswith("_")}
     kind = type(autoencoder.vae).__name__
