@@ -140,11 +140,16 @@ def _settings(predictor: Predictor) -> dict[str, Any]:
     """The pipeline's own arguments."""
     model, inference = predictor.model, predictor.heads.config
     foreign = pipeline_parts.foreign_text(predictor)
-    shift = model.autoencoder.shift if isinstance(model.autoencoder, SpaceToDepth) else 0.0
+    shift, colours = 0.0, None
+    if isinstance(model.autoencoder, SpaceToDepth):
+        shift = model.autoencoder.shift
+        if model.autoencoder.inverse is not None:
+            colours = model.autoencoder.inverse.tolist()
     return {
         "image_size": model.config.image_size,
         "factor": model.autoencoder.factor,
         "shift": shift,
+        "colours": colours,
         "start": float(start(model.image_path, torch.ones(1))),
         "steps": inference.steps,
         "guidance_scale": 1 + inference.guidance,  # diffusers counts from the null prompt

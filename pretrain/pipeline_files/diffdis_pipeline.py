@@ -46,6 +46,7 @@ class DiffDisPipeline(DiffusionPipeline):
         image_size: int = 32,
         factor: int = 2,
         shift: float = 0.0,
+        colours: list[list[float]] | None = None,
         start: float = 1.0,
         steps: int = 50,
         guidance_scale: float = 4.0,
@@ -65,6 +66,7 @@ class DiffDisPipeline(DiffusionPipeline):
             image_size=image_size,
             factor=factor,
             shift=shift,
+            colours=colours,
             start=start,
             steps=steps,
             guidance_scale=guidance_scale,
@@ -160,5 +162,9 @@ class DiffDisPipeline(DiffusionPipeline):
 
     def _decode(self, z: Tensor) -> Tensor:
         if self.vae is None:
-            return torch.nn.functional.pixel_shuffle(z, self.config.factor) + self.config.shift
+            pixels = torch.nn.functional.pixel_shuffle(z, self.config.factor)
+            if self.config.colours is not None:  # axes of colour back to red, green and blue
+                axes = torch.tensor(self.config.colours).to(pixels)
+                pixels = torch.einsum("dc,bchw->bdhw", axes, pixels)
+            return pixels + self.config.shift
         return self.vae.decode(z / self.vae.config.scaling_factor).sample

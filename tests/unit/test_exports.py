@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_exported(
         tmp_path_factory.mktemp("exports") / "model",
         **EDM,
-        autoencoder={"kind": "space_to_depth", "factor": 2, "shift": 0.6},
+        autoencoder={"kind": "space_to_depth", "factor": 2, "shift": 0.6, "gains": [1, 1.3, 2.3]},
     )
     tree = json.loads((folder / "config.json").read_text())
     tree["inference"]["last_noise"] = 0.05
