@@ -26,7 +26,7 @@ class OptimizerConfig(Config):
         final: the last learning rate as a share of the peak.
         rate_scales: factor of the learning rate of parameters by the beginning of their names, such
             as {model.trunk.unet: 0.1} (DiffDis trains the U-Net at a tenth of the new modules'
-            rate).
+            rate). 1 undoes what a base configuration says.
         freeze: beginnings of the names of parameters that stay as they are.
         fused: whether AdamW is torch's one kernel, on CPU as on CUDA: on 5 M parameters 8 ms on one
             core, 45 ms otherwise. It is also what computes where the optimizer is offloaded.
@@ -112,11 +112,12 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     of the longest prefix in ``config.rate_scales`` that begins its parameters' names, else 1.
 
     Raises:
-        ConfigError: a prefix begins no trained parameter's name.
+        ConfigError: a prefix begins no trained parameter's name, and its factor is not 1, which
+            undoes one of a base configuration.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    for prefix in config.rate_scales:
-        if not any(name.startswith(prefix) for name, _ in named):
+    for prefix, factor in config.rate_scales.items():
+        if factor != 1 and not any(name.startswith(prefix) for name, _ in named):
             raise ConfigError(
                 _unknown("optimizer.rate_scales", prefix, (name for name, _ in named), "trained ")
             )

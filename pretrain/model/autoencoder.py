@@ -93,7 +93,8 @@ class SpaceToDepth:
         return F.pixel_unshuffle(centred, self.factor)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        return _turned(F.pixel_shuffle(z_BCHW, self.factor), self.inverse) + self.shift
+        images_BCHW = _turned(F.pixel_shuffle(z_BCHW, self.factor), self.inverse) + self.shift
+        return images_BCHW.contiguous()
 
 
 def _turned(images_BCHW: Tensor, axes: Tensor | None) -> Tensor:

@@ -166,5 +166,5 @@ class DiffDisPipeline(DiffusionPipeline):
             if self.config.colours is not None:  # axes of colour back to red, green and blue
                 axes = torch.tensor(self.config.colours).to(pixels)
                 pixels = torch.einsum("dc,bchw->bdhw", axes, pixels)
-            return pixels + self.config.shift
+            return (pixels + self.config.shift).contiguous()
         return self.vae.decode(z / self.vae.config.scaling_factor).sample

@@ -230,7 +230,9 @@ def refuse_a_gradient(stage: int) -> dict:
     return {"why": refusal.why, "kept": kept, "moved": moved, "norm": finite, "after": after.loss}
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"), [(1, 0), (2, 3), pytest.param(2, 0, marks=pytest.mark.soak)]
+)
 def test_a_gradient_that_is_not_finite_moves_no_weight(world, stage):
     for result in ranks.run(f"{__name__}:refuse_a_gradient", world, stage):
         assert result["why"] == GRADIENT and math.isfinite(result.pop("after"))

@@ -25,7 +25,10 @@ def overrides(folder: Path, output: Path, **text) -> list[str]:
         *(f"{section}={json.dumps(fields)}" for section, fields in tree.items()),
         *(f"training.{name}" for name in (f"samples={STEPS * BATCH}", f"global_batch={BATCH}")),
         *("engine.micro_batch=4", "engine.persist_parameters=10_000", "optimizer.lr=1e-4"),
-        *("optimizer.rate_scales={}", "optimizer.warmup_samples=0"),
+        *(
+            "optimizer.rate_scales={model.trunk.unet: 1, model.text_encoder: 1}",
+            "optimizer.warmup_samples=0",
+        ),
         *("inference.sampler=ddim", "inference.last_noise=0", "data.jitter=0"),
         *(f"evaluators.{e}=null" for e in ("validation", "zero_shot", "retrieval", "samples")),
         f"checkpoint.every_samples={STEPS * BATCH}",

@@ -28,6 +28,10 @@ def test_a_prefix_without_parameters_is_refused():
         parameter_groups(
             tiny.task({"generate": {}}), OptimizerConfig(rate_scales={"model.trunck": 2})
         )
+    # A factor of 1 undoes one of a base configuration, for a part that this model may not train.
+    assert parameter_groups(
+        tiny.task({"generate": {}}), OptimizerConfig(rate_scales={"model.trunck": 1})
+    )
 
 
 def test_the_rate_is_a_function_of_samples_alone():
