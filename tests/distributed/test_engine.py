@@ -127,6 +127,7 @@ def test_all_parameters_partitioned_equals_small_ones_kept(two_ranks):
     assert loss < LOSS_TOLERANCE and weight < WEIGHT_TOLERANCE
 
 
+@pytest.mark.soak  # (`test_options.py` compares bf16 as well)
 def test_bf16_trains_and_follows_fp32(two_ranks):
     half = ranks.run(f"{__name__}:train_with_engine", 2, 3, "bf16", 4, 1000)[0]
     loss, _ = difference(half, two_ranks[0])
