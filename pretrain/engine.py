@@ -151,8 +151,8 @@ class Engine:
             outputs.append(output)
             losses.append(loss)
         mean = sum(losses) / len(losses)
-        unclipped = self._norm is not None and not math.isfinite(self._norm)
-        if unclipped or getattr(self._optimizer, "overflow", False):
+        infinite = self._norm is not None and not math.isfinite(self._norm)
+        if infinite or getattr(self._optimizer, "overflow", False):
             return Refusal(SCALE if self.config.precision == "fp16" else GRADIENT, mean)
         self.guard.accept(mean)
         with phase("moving averages"):
@@ -262,9 +262,8 @@ class Engine:
 
     def _clip(self) -> None:
         """As DeepSpeed in stage 0, which forgets the norm and steps with one that is not finite."""
-        parameters = list(self._engine.module.parameters())
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        self._norm = float(norm)
+        parameters = self._engine.module.parameters()
+        self._norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
         if not math.isfinite(self._norm):
             self._engine.optimizer.zero_grad()  # what has no gradient is not moved
 

@@ -11,6 +11,7 @@ with the tracking URI in MLFLOW_TRACKING_URI, since a command line is no place f
 
 import argparse
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -105,16 +106,14 @@ class Sender:
     def _together(self) -> list[Event]:
         """The pending events that go in the next request: metrics as far as there is room in it,
         anything else alone."""
-        if self._pending[0].kind != "metrics":
-            return self._pending[:1]
         together: list[Event] = []
         values = 0
-        for event in self._pending:
-            values += len(event.payload["values"]) if event.kind == "metrics" else 0
-            if event.kind != "metrics" or (together and values > self._room):
+        for event in itertools.takewhile(lambda event: event.kind == "metrics", self._pending):
+            values += len(event.payload["values"])
+            if together and values > self._room:
                 break
             together.append(event)
-        return together
+        return together or self._pending[:1]
 
     def _send(self, events: Sequence[Event]) -> None:
         """Send events of one kind; one that the server refuses is dropped with a warning."""
