@@ -18,6 +18,8 @@ class TextEncoderConfig(Config):
         query_dim: E, the width of e.
         layers, heads: of the transformer.
         length: most tokens of a text, begin and end tokens included.
+        pool: what e is projected from: "end", the end token's feature, as CLIP's; "mean", the mean
+            over the text's tokens, which carries its words before any attention is learned.
         frozen_from: folder of an exported model whose text encoder is used as it is; the other
             fields must be its own. None: the encoder is trained.
     """
@@ -28,6 +30,7 @@ class TextEncoderConfig(Config):
     layers: int = Field(3, ge=1)
     heads: int = Field(3, ge=1)
     length: int = Field(24, ge=3)
+    pool: Literal["end", "mean"] = "end"
     frozen_from: str | None = None
 
     @model_validator(mode="after")

@@ -30,10 +30,11 @@ PREFIX = "text_encoder."  # of its weights in an exported model
 
 class TextEncoder(Recomputing):
     """Bidirectional transformer; e is the L2-normalised projection of the end token's feature (as
-    CLIP pools)."""
+    CLIP pools), or of the mean over the text's tokens."""
 
     def __init__(self, config: TextEncoderConfig, vocab_size: int) -> None:
         super().__init__()
+        self.pool = config.pool
         self.token = nn.Embedding(vocab_size, config.width)
         self.position = nn.Embedding(config.length, config.width)
         self.blocks = nn.ModuleList(
@@ -61,9 +62,15 @@ class TextEncoder(Recomputing):
         for block in self.blocks:
             h_BLD = self.unit(block, h_BLD, bias_B1L)
         c_BLD = self.norm(h_BLD)
-        last_B = mask_BL.sum(1) - 1  # the end token
-        e_BE = self.query(c_BLD[torch.arange(len(c_BLD), device=c_BLD.device), last_B])
+        e_BE = self.query(self._pooled(c_BLD, mask_BL))
         return TextFeatures(c_BLD, F.normalize(e_BE.float(), dim=-1))
+
+    def _pooled(self, c_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        if self.pool == "mean":
+            seen_BL1 = mask_BL[..., None].to(c_BLD.dtype)
+            return (c_BLD * seen_BL1).sum(1) / seen_BL1.sum(1)
+        last_B = mask_BL.sum(1) - 1  # the end token
+        return c_BLD[torch.arange(len(c_BLD), device=c_BLD.device), last_B]
 
 
 def _normal(table: nn.Embedding, std: float) -> None:
@@ -113,6 +120,8 @@ class FrozenTextEncoder:
     def sha256(self) -> str:
         """Of all that decides its features: weights, shape and tokenizer."""
         fields = self.config.model_dump(mode="json", exclude={"frozen_from", "kind"})
+        if fields["pool"] == "end":  # features encoded before there was a choice stay known
+            del fields["pool"]
         return digest({**fields, "tokenizer": self.tokenizer_sha256}, self.encoder.state_dict())
 
     def parameters(self) -> Iterator[nn.Parameter]:
