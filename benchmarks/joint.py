@@ -34,7 +34,7 @@ def main() -> int:
     add(
         "--samples",
         type=int,
-        default=16_384,
+        default=32_768,
         help=f"of a main training; ablations see half {default}",
     )
     add("--jobs", type=int, default=2, help=f"trainings at a time, one thread each {default}")

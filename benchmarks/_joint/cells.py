@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks._joint.corpus import Corpus
 from pretrain import config
 from pretrain.run_config import RunConfig
 
 PRESET = "configs/cpu-study.yaml"
-MEASURES = 1  # of score.py: lines that were measured otherwise are measured anew
+MEASURES = 2  # of score.py: lines that were measured otherwise are measured anew
 TRAINING = 1  # of what the preset does not say: raise it when a default of the code changes
 # Where files lie and what is kept does not change what is learned.
 _NOT_OF_THE_RESULT = ("output", "name", "tracking", "checkpoint", "evaluators", "watchdog", "gate")
@@ -26,6 +27,8 @@ class Variant:
         overrides: of the preset.
         kind: task (`pretrain train`), two_tower or plain_unet (peers.py).
         share: of the study's samples.
+        chain: steps, noises and guidance of what is scored.
+        draws: whether pictures are generated for KID.
         grid: at inference, (steps, noises, guidance) scored without training anew.
         of: the variant whose trained run a grid is scored on.
     """
@@ -36,12 +39,16 @@ class Variant:
     overrides: tuple[str, ...] = ()
     kind: str = "task"
     share: float = 1.0
+    chain: tuple[int, int, float] = (4, 4, 0.0)
+    draws: bool = True
     grid: tuple[tuple[int, int, float], ...] = ()
     of: str = ""
 
 
 def _ablation(name: str, what: str, *overrides: str) -> Variant:
-    return Variant(name, what, "ablations", overrides, share=0.5)
+    # Held-out losses tell ablations apart better than 500 pictures can: one noise, no KID.
+    more: dict[str, Any] = {"share": 0.5, "chain": (4, 1, 0.0), "draws": False}
+    return Variant(name, what, "ablations", overrides, **more)
 
 
 CHAINS = tuple((steps, noises, 0.0) for steps in (1, 4, 10, 50) for noises in (1, 4, 8))
@@ -117,9 +124,14 @@ class Cell:
             tree["data"].pop(field)
         return _digest([tree, self.trained.variant.kind, corpus.fingerprint, TRAINING])
 
+    def images(self, images: int) -> int:
+        """Generated for this cell, of ``images`` for each that is asked to draw."""
+        return images if self.variant.draws else 0
+
     def key(self, corpus: Corpus, images: int, more: tuple[str, ...] = ()) -> str:
         """Of what its result depends on: its weights and what is measured of them."""
-        measured = [self.variant.grid or images, MEASURES]
+        variant = self.variant
+        measured = [variant.grid or [variant.chain, self.images(images)], MEASURES]
         return _digest([self.training_key(corpus, more), *measured])
 
 

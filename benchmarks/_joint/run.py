@@ -111,8 +111,9 @@ def run_cell(study: Study, cell: Cell) -> dict[str, Any]:
             "folder": str(folder),
             "config": config.resolved(),
             "sets": study.corpus.heldout,
+            "chain": cell.variant.chain,
             "grid": cell.variant.grid,
-            "images": study.images,
+            "images": cell.images(study.images),
         }
         ask, answer = folder / f"{cell.name}.task.json", folder / f"{cell.name}.result.json"
         ask.write_text(json.dumps(task))

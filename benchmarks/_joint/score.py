@@ -30,8 +30,6 @@ from pretrain.rng import generator
 from pretrain.run_config import RunConfig
 from pretrain.task import PretrainTask
 
-CHAIN = (4, 4, 0.0)  # steps, noises, guidance of the main figures
-IMAGES = 512  # generated for KID, of the names of as many held-out pictures
 KID_SET = "concepts"  # pictures of all vendors, of concepts never trained on
 
 
@@ -48,7 +46,7 @@ def score(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: kind and folder of the training, its resolved config, held-out manifests by name
-            (sets), grid of (steps, noises, guidance) or [], images for KID.
+            (sets), chain (steps, noises, guidance), a grid of such or [], images for KID.
     """
     began = time.monotonic()
     config = configs.build(RunConfig, task["config"])
@@ -63,14 +61,15 @@ def score(task: dict[str, Any]) -> dict[str, Any]:
         grid(subject, task, found)
     else:
         if aligned:
+            chain = tuple(task["chain"])
             for name, manifest in task["sets"].items():
-                discriminate(subject, name, load_labelled(manifest, config.data), CHAIN, found)
+                discriminate(subject, name, load_labelled(manifest, config.data), chain, found)
         if task["kind"] != "two_tower":
             for name, manifest in task["sets"].items():
                 settings = validation.Settings(manifest=manifest, repeats=1)
                 for metric, value in validation.build(settings).run(subject).metrics.items():
                     found["metrics"][metric.replace("validation/", f"held_out/{name}/")] = value
-        if generates:
+        if generates and task["images"]:
             data = load_labelled(task["sets"][KID_SET], config.data)
             found["metrics"] |= kid(subject, data, task["images"])
     found["score_seconds"] = time.monotonic() - began
