@@ -23,6 +23,8 @@ DEFAULTS = {
     "MLFLOW_UV_AUTO_DETECT": "false",  # a uv.lock of the working directory is not the model's
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its own 7 tries take minutes; ours are resumable
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # A line nobody reads, for which each end of a run asks the server once more.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -40,6 +42,12 @@ def load() -> ModuleType:
     # Alembic tells of some fifty migrations when a SQLite file is new.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     return mlflow
+
+
+def request_timeout() -> float:
+    """Seconds that a request may take, by the environment or our default."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    return float(os.environ.get(name, DEFAULTS[name]))
 
 
 def read_credentials() -> None:

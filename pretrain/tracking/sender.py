@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import tenacity
 from pretrain import mlflow_env, storage
 from pretrain.tracking import journal
 from pretrain.tracking.journal import Event, JournalReader
+from pretrain.tracking.timeout import RequestTimeout
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Sender:
         self.answers = 0  # steps of the work that are done, and need not be done again
         self._pending: list[Event] = []
         self._room = _METRICS_PER_REQUEST
+        self._timeout = RequestTimeout(mlflow_env.request_timeout())
+        self._tagged = -1  # the `finish` whose tag is there
         self._owed: dict[int, Event] = {}
         if owed:
             events = JournalReader(self.reader.path).read()
@@ -120,8 +124,12 @@ class Sender:
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
+        send = getattr(self, f"_send_{events[0].kind}")
+        # (An object store's time is not the server's, and a file's is as long as the file.)
+        timed = self._timeout.request() if send != self._send_artifact else nullcontext()
         try:
-            getattr(self, f"_send_{events[0].kind}")(client, events)
+            with timed:
+                send(client, events)
         except MlflowException as error:
             if error.error_code not in _REFUSALS:
                 raise
@@ -179,8 +187,11 @@ class Sender:
             _log.warning("artifact %s is gone; MLflow goes without it", path)
 
     def _send_finish(self, client: Any, events: Sequence[Event]) -> None:
-        status = events[0].payload["status"]
-        client.set_tag(self.run_id, "pretrain.status", status)
+        status, sequence = events[0].payload["status"], events[0].sequence
+        if self._tagged != sequence:
+            client.set_tag(self.run_id, "pretrain.status", status)
+            self._tagged = sequence
+            self.answers += 1
         client.set_terminated(self.run_id, _STATUS[status], end_time=int(events[0].time * 1000))
 
     def _connected(self) -> Any:

@@ -301,6 +301,39 @@ def test_what_one_request_has_sent_is_not_sent_again_for_the_next(
     assert history(uri, tmp_path, "m19") == [(i, float(i)) for i in range(130)]
 
 
+def test_an_end_that_failed_halfway_is_not_begun_again(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tag is there already; only the status is sent again. Each end has a tag of its own."""
+    journal = journaled(tmp_path, uri)
+    tags, fails = [], iter([True, True])
+    set_tag = mlflow_env.load().MlflowClient.set_tag
+    set_terminated = mlflow_env.load().MlflowClient.set_terminated
+
+    def tag(self: object, run_id: str, key: str, value: str, **named: Any) -> None:
+        tags.append(value)
+        set_tag(self, run_id, key, value, **named)
+
+    def terminated(self: object, *given: Any, **named: Any) -> None:
+        if next(fails, False):
+            raise ConnectionError
+        set_terminated(self, *given, **named)
+
+    monkeypatch.setattr("mlflow.MlflowClient.set_tag", tag)
+    monkeypatch.setattr("mlflow.MlflowClient.set_terminated", terminated)
+    sender = Sender(str(tmp_path), uri)
+    journal.finish("preempted")
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            drain(sender)
+    drain(sender)
+    journal.start(TrackingConfig().run_info(str(tmp_path)))
+    journal.finish("finished")
+    drain(sender)
+    assert tags == ["preempted", "finished"]
+    assert run_of(uri, tmp_path).info.status == "FINISHED"
+
+
 def test_the_trainer_that_has_finished_is_not_kept_waiting(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
