@@ -58,7 +58,12 @@ def render(path: Path) -> str:
         parts += [table("Cost", main, lines, COSTS), compared(lines, PAIRS)]
     if ablations:
         parts.append(table("Ablations", ablations, lines, COLUMNS))
-        against = [(name, "half", f"zero_shot/{s}/top1") for name in ablations[1:] for s in SETS]
+        measured = (
+            *(f"zero_shot/{name}/top1" for name in SETS),
+            *(f"held_out/concepts/{name}/loss" for name in ("align", "generate")),
+        )
+        others = [name for name in ablations if name != "half"]
+        against = [(name, "half", metric) for metric in measured for name in others]
         parts.append(compared(lines, against))
     parts += [grid(name, lines[name]) for name in ("chains", "guided") if name in lines]
     return "\n\n".join(part for part in parts if part) or "No result yet."
