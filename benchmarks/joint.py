@@ -75,7 +75,7 @@ def study(args: argparse.Namespace) -> int:
     corpus = Corpus(args.corpus.resolve()) if args.corpus else Corpus.default()
     missing = corpus.missing()
     if missing:
-        print("error: the study corpus is not there; make it with", file=sys.stderr)
+        print("error: something of the study is not there yet; make it with", file=sys.stderr)
         print("\n".join(f"    {command}" for command in missing), file=sys.stderr)
         return 2
     work = run.Study(corpus, args.runs, args.results, args.images, tuple(args.overrides), args.jobs)

@@ -47,7 +47,9 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def missing(self) -> list[str]:
-        """Commands that make what is not there yet."""
+        """Commands that make what is not there yet, and fetch the features that KID needs."""
+        from pretrain.features import _keras
+
         commands = []
         files = [self.train, *map(Path, self.heldout.values())]
         if not all(path.exists() for path in files):
@@ -57,4 +59,6 @@ class Corpus:
                 f"python -m pretrain tokenizer train --data {self.train} --vocab-size 2048 "
                 f"--out {self.tokenizer}"
             )
+        if not _keras.fetched().exists():
+            commands.append("python -m pretrain data weights squeezenet")
         return commands
