@@ -23,7 +23,7 @@ from pretrain import pipeline_parts
 from pretrain.diffusion.sampler import start
 from pretrain.diffusion.schedule import EDMConfig
 from pretrain.errors import ExportError
-from pretrain.inference import Predictor
+from pretrain.inference import Predictor, captions_alone
 from pretrain.model.autoencoder import Diffusers, SpaceToDepth
 from pretrain.rng import generator
 
@@ -43,6 +43,12 @@ def write(model: str | Path, to: str | Path) -> Path:
     from diffusers import __version__
 
     predictor = Predictor.load(model)
+    if predictor.heads.condition is not captions_alone:
+        raise ExportError(
+            f"model={str(model)!r} is conditioned on more than captions (the codes of "
+            "objectives.disco), for which a pipeline of diffusers has no place; draw with "
+            "`python -m pretrain sample --model` instead"
+        )
     to = Path(to)
     temporary = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -101,8 +101,8 @@ def export(
     """Write a committed checkpoint of ``output`` as a model folder.
 
     The folder holds ``model.safetensors`` (fp32), ``config.json``, ``tokenizer.model`` (or
-    ``tokenizer/``, and ``vae/``, where those came from a diffusers folder) and the model card as
-    ``card.json`` and ``README.md``.
+    ``tokenizer/``, and ``vae/``, where those came from a diffusers folder), ``disco/`` where the
+    run had codes, and the model card as ``card.json`` and ``README.md``.
 
     Args:
         which, weights: see `load_task`.
@@ -115,23 +115,16 @@ def export(
     """
     output, folder = Path(output), Path(folder)
     task, config, tokenizer, checkpoint, kind = _load(output, None, which, weights)
-    for name, objective in task.objectives.items():
-        own = type(cast(Objective, objective)).condition_at_inference
-        if own is not Objective.condition_at_inference:
-            raise ExportError(
-                f"objectives.{name} adds to what generation is conditioned on, which an exported "
-                f"model does not hold: its pictures would be wrong. Draw from the run instead: "
-                f"`python -m pretrain {name} --help`"
-            )
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    condition = _save_condition(task, temporary, output)
     _, state = task.model.portable()
     entries = [Entry.of(name, tensor) for name, tensor in state.items()]
     write(temporary / "model.safetensors", entries, {"format": "pt"})
     tokenizer.save(temporary)
     task.model.save_autoencoder(temporary)
-    _write_json(temporary / "config.json", _definition(task, config, tokenizer))
+    _write_json(temporary / "config.json", _definition(task, config, tokenizer) | condition)
     parameters = sum(tensor.numel() for tensor in state.values())
     made = card.make(output, config, checkpoint, kind, parameters, licence)
     _write_json(temporary / "card.json", made)
@@ -140,6 +133,24 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return folder
+
+
+def _save_condition(task: PretrainTask, folder: Path, output: Path) -> dict[str, str]:
+    """What an objective added to the captions, in a folder of its name; and config.json's field."""
+    found: dict[str, str] = {}
+    for name, module in task.objectives.items():
+        objective = cast(Objective, module)
+        if type(objective).condition_at_inference is Objective.condition_at_inference:
+            continue
+        if found or not objective.save_condition(folder / name, output):
+            others = f"beside objectives.{found['condition']} " if found else ""
+            raise ExportError(
+                f"objectives.{name} {others}adds to what generation is conditioned on, which an "
+                "exported model does not hold: its pictures would be wrong. Draw from the run "
+                f"instead: `python -m pretrain {name} --help`"
+            )
+        found = {"condition": name}
+    return found
 
 
 def _definition(task: PretrainTask, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:

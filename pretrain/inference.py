@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from pretrain import plugins
 from pretrain.config import Config, build
 from pretrain.diffusion.sampler import Method, sample
 from pretrain.errors import ExportError
@@ -166,9 +167,14 @@ class Predictor:
     """A trained model from an exported folder, with images and text in and out."""
 
     def __init__(
-        self, model: DiffDis, tokenizer: Any, config: InferenceConfig, scale: float = 100.0
+        self,
+        model: DiffDis,
+        tokenizer: Any,
+        config: InferenceConfig,
+        scale: float = 100.0,
+        condition: Condition = captions_alone,
     ) -> None:
-        self.heads = Heads(model.eval(), config)
+        self.heads = Heads(model.eval(), config, condition)
         self.model = model
         self.tokenizer = tokenizer
         self.scale = scale
@@ -176,7 +182,8 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Predictor":
-        """Read ``config.json``, ``model.safetensors`` and ``tokenizer.model``.
+        """Read ``config.json``, ``model.safetensors`` and ``tokenizer.model``; and, of an objective
+        that conditioned generation, the folder of its name.
 
         Raises:
             ExportError: a file is missing, or the weights are not those of the configuration.
@@ -210,6 +217,7 @@ class Predictor:
             tokenizer,
             build(InferenceConfig, tree["inference"], "inference"),
             tree["logit_scale"],
+            _condition(folder, tree.get("condition"), model),
         )
 
     def generate(
@@ -295,6 +303,15 @@ class Predictor:
         parts = [embed(part).float().cpu().numpy() for part in _chunks(range(n), size)]
         width = self.model.config.text_encoder.query_dim
         return np.concatenate(parts) if parts else np.zeros((0, width), np.float32)
+
+
+def _condition(folder: Path, name: str | None, model: DiffDis) -> Condition:
+    """Of an exported model: the objective's in whose folder it lies."""
+    if name is None:
+        return captions_alone
+    module = plugins.load("pretrain.objectives", name, "condition")
+    made: Condition = module.load_condition(folder / name, model)
+    return made
 
 
 def new_model(

@@ -68,6 +68,7 @@ def _prior(args: argparse.Namespace) -> int:
         "nats_per_image": fitted.nats,
         "heldout_nats_per_image": fitted.heldout_nats,
         "best_samples": fitted.best_samples,
+        "codes_of": disco.fingerprint(),
         **books.facts(),
     }
     folder = Path(args.output) / _disco_prior.FOLDER

@@ -11,6 +11,7 @@ from pretrain.objectives.disco import Disco
 
 Draw = Callable[[Tensor, Sequence[int]], Tensor]  # (c_BLD, seeds) -> codes (B, M)
 Conditions = tuple[Tensor, list[tuple[float, Tensor]]]
+At = Callable[[Tensor], Conditions]
 
 
 def by_prior(prior: Prior, temperature: float = 1.0) -> Draw:

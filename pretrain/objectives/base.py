@@ -2,6 +2,7 @@
 loss."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -73,6 +74,18 @@ class Objective(nn.Module):
         """The generation half's condition where no batch is there to condition on: what stands in
         training where `condition` adds nothing it knows."""
         return c_BLD
+
+    def save_condition(self, folder: Path, output: Path) -> bool:
+        """Write into ``folder`` what generation needs of this objective in an exported model, and
+        say True; the file's ``load_condition(folder, model)`` makes an `inference.Condition` of it.
+
+        Args:
+            output: of the run, where later stages may lie.
+
+        Raises:
+            ExportError: what lies there does not belong to these weights.
+        """
+        return False
 
     def forward(self, context: Context) -> LossTerm:
         """The term for this micro-batch: an fp32 scalar whose mean over ranks is the global

@@ -10,7 +10,10 @@ This objective teaches through `generate`. Its own term is an entropy bonus agai
 codes, off by default: it is ours, not the paper's.
 """
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -70,11 +73,15 @@ class Codes:
 
 
 class Disco(Objective):
-    """Encoder and tokens of the codes."""
+    """Encoder and tokens of the codes.
+
+    Args:
+        encodes: False leaves the encoder out, where images are only to be drawn.
+    """
 
     reads: ClassVar[frozenset[Half]] = frozenset({"generation"})
 
-    def __init__(self, settings: Settings, model: DiffDis) -> None:
+    def __init__(self, settings: Settings, model: DiffDis, encodes: bool = True) -> None:
         super().__init__()
         channels, side, _ = model.latent_shape
         if settings.encoder.patch > side:
@@ -83,9 +90,10 @@ class Disco(Objective):
                 f"{side} latent pixels on a side; lower it to {max(1, side // 4)}"
             )
         self.settings = settings
-        self.encoder = CodeEncoder(
-            settings.encoder, channels, side, settings.codes, settings.values
-        )
+        if encodes:
+            self.encoder = CodeEncoder(
+                settings.encoder, channels, side, settings.codes, settings.values
+            )
         self.tokens = CodeTokens(
             settings.tokens, settings.codes, settings.values, model.config.text_encoder.width
         )
@@ -105,6 +113,20 @@ class Disco(Objective):
 
     def condition_at_inference(self, c_BLD: Tensor) -> Tensor:
         return torch.cat([c_BLD, self.null_tokens(len(c_BLD)).to(c_BLD)], dim=1)
+
+    def save_condition(self, folder: Path, output: Path) -> bool:
+        from pretrain.objectives import _disco_export
+
+        _disco_export.save(self, folder, output)
+        return True
+
+    def fingerprint(self) -> str:
+        """Of the weights that give codes their meaning."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tokens.named_parameters()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def forward(self, context: Context) -> LossTerm:
         s, codes = self.settings, context.noised.extra(Codes)
@@ -149,3 +171,14 @@ def build(settings: ObjectiveConfig, model: DiffDis) -> Objective:
     """The objective."""
     assert isinstance(settings, Settings)
     return Disco(settings, model)
+
+
+def load_condition(folder: Path, model: DiffDis) -> Callable[..., object]:
+    """The condition of generation that `Disco.save_condition` wrote.
+
+    Raises:
+        ExportError: a file is missing, or is of another model.
+    """
+    from pretrain.objectives._disco_export import Exported
+
+    return Exported(folder, model)
