@@ -10,6 +10,12 @@ held-out likelihood (the variational bound) and the entropy of pairs of tokens. 
 baseline at a temperature under 1, which is mere sharpening.
 
 Writes runs/benchmarks/cdcd.json and cdcd.png.
+
+    python benchmarks/cdcd.py --images [--image-updates 300]
+
+The same question on pictures: VQ tokens of the embedded corpus (benchmarks/_cdcd/images.py), by KID
+and by a probe's agreement. A line of cdcd-images.jsonl for each model as it ends; the same command
+goes on where it was stopped.
 """
 
 import argparse
@@ -37,6 +43,10 @@ def main() -> int:
     add("--common", type=float, default=0.0, help=f"what classes share {default}")
     add("--own", type=float, default=2.5, help=f"what they do not {default}")
     add("--more", action="store_true", help="bounded, intra- and step-wise variants as well")
+    add("--images", action="store_true", help="the part on pictures, in place of the toy")
+    add("--image-updates", type=int, default=300, help=default)
+    add("--vq-updates", type=int, default=400, help=f"of the VQ tokenizer {default}")
+    add("--table", action="store_true", help="of --images: only show what there is")
     add("--out", type=Path, default=Path("runs/benchmarks"), help=default)
     args = parser.parse_args()
     import torch
@@ -44,6 +54,14 @@ def main() -> int:
     from benchmarks._cdcd import show, study
 
     torch.set_num_threads(1)
+    if args.images:
+        from benchmarks._cdcd import images
+
+        if not args.table:
+            images.run(args)
+        print(images.table(args))
+        images.plot(args, args.out / "cdcd-images.png")
+        return 0
     print(show.HEAD)
     found = study.run(args, print)
     args.out.mkdir(parents=True, exist_ok=True)

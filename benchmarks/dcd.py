@@ -6,7 +6,8 @@ network, batch, rate and iterations for every method; each has one setting of it
 four on a seed that is not counted. Three seeds or more.
 
 Each training is a line of the JSON Lines file as it ends, and is not run again: a benchmark that
-was stopped goes on by the same command. `--table` prints what there is.
+was stopped goes on by the same command. `--table` prints what there is. `--images`, in place of it:
+pictures of 32 px by annealed Langevin (benchmarks/_dcd/images.py), kept in dcd-images.jsonl.
 """
 
 import argparse
@@ -44,10 +45,20 @@ def main() -> int:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help=default)
     add("--iterations", type=int, default=1500, help=default)
     add("--tuning", type=int, default=500, help=f"iterations of a choice {default}")
+    add("--images", action="store_true", help="draw pictures of 32 px instead, by KID")
+    add("--image-updates", type=int, default=200, help=default)
     add("--out", type=Path, default=ROOT / "runs/benchmarks", help=default)
     add("--table", action="store_true", help="only show what there is")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.images:
+        from benchmarks._dcd import images
+
+        if not args.table:
+            images.run(args)
+        print(images.table(args))
+        images.plot(args, args.out / "dcd-images.png")
+        return 0
     book = Book(args.out / "dcd.jsonl")
     if not args.table:
         for task in args.tasks:
@@ -126,7 +137,7 @@ def run(
         }
         if seed == 0:
             grids(args).mkdir(parents=True, exist_ok=True)
-            torch.save(log_q.float().view(points.SIDE, -1), grids(args) / f"{task} {method}.pt")
+            torch.save(log_q.float().view(points.SIDE, -1), grid_file(args, task, method))
     return {
         "score": min(value, 1e9) if not math.isnan(value) else 1e9,
         "cpu_seconds": round(done.seconds, 2),
@@ -139,6 +150,11 @@ def run(
 def grids(args: argparse.Namespace) -> Path:
     folder: Path = args.out / "dcd-grids"
     return folder
+
+
+def grid_file(args: argparse.Namespace, task: str, method: str) -> Path:
+    """Of a learned density; a task's name may hold a slash."""
+    return grids(args) / f"{task.replace('/', '-')} {method}.pt"
 
 
 def psnr_of_noise(clean: torch.Tensor, seed: int) -> float:
@@ -216,7 +232,7 @@ def plot(book: Book, args: argparse.Namespace, out: Path) -> None:
         right = points.SETS[task]().log_density(points.grid()).view(points.SIDE, -1)
         shown = {"data": right.flatten().log_softmax(0).view_as(right)}
         for name in names:
-            path = grids(args) / f"{task} {name}.pt"
+            path = grid_file(args, task, name)
             if path.exists():
                 shown[name] = torch.load(path)
         top = shown["data"].exp().max().item()

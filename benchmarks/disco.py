@@ -6,6 +6,12 @@ Prints a table and writes runs/benchmarks/disco.json and disco.png. Every method
 denoiser, data, draws and steps; codes add an encoder in training. The distance W2 of two samples of
 the data themselves (its floor) is printed beside: it is most of what W2 says here, so read
 off-mode and loss first.
+
+    python benchmarks/disco.py --images [--image-updates 250]
+
+The same question on pictures (benchmarks/_disco/images.py): KID, held-out L_IG, curvature, use of
+the codes. A line of disco-images.jsonl for each model as it ends; the same command goes on where it
+was stopped.
 """
 
 import argparse
@@ -41,9 +47,20 @@ def main() -> int:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Setting.steps, help="default: %(default)s")
+    parser.add_argument("--images", action="store_true", help="the part on pictures")
+    parser.add_argument("--image-updates", type=int, default=250, help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="of --images: only show what there is")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.images:
+        from benchmarks._disco import images
+
+        if not args.table:
+            images.run(args)
+        print(images.table(args))
+        images.plot(args, args.out / "disco-images.png")
+        return 0
     methods = [
         Method("DM"),
         Method("DisCo k=8", 8),
