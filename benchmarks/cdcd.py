@@ -13,9 +13,9 @@ Writes runs/benchmarks/cdcd.json and cdcd.png.
 
     python benchmarks/cdcd.py --images [--image-updates 300]
 
-The same question on pictures: VQ tokens of the embedded corpus (benchmarks/_cdcd/images.py), by KID
-and by a probe's agreement. A line of cdcd-images.jsonl for each model as it ends; the same command
-goes on where it was stopped.
+The same question on pictures: VQ tokens of the embedded corpus (benchmarks/_cdcd/images.py), by
+KID and by a probe's agreement. A line of docs/results/cdcd-images.jsonl for each model as it ends;
+the same command goes on where it was stopped.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def main() -> int:
     add("--image-updates", type=int, default=300, help=default)
     add("--vq-updates", type=int, default=400, help=f"of the VQ tokenizer {default}")
     add("--table", action="store_true", help="of --images: only show what there is")
+    add("--results", type=Path, default=Path("docs/results"), help=f"of --images {default}")
     add("--out", type=Path, default=Path("runs/benchmarks"), help=default)
     args = parser.parse_args()
     import torch

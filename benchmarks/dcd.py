@@ -5,9 +5,10 @@ model) on a grid. Grey pictures of 8 x 8 pixels: PSNR after denoising by the lea
 network, batch, rate and iterations for every method; each has one setting of its own, chosen among
 four on a seed that is not counted. Three seeds or more.
 
-Each training is a line of the JSON Lines file as it ends, and is not run again: a benchmark that
-was stopped goes on by the same command. `--table` prints what there is. `--images`, in place of it:
-pictures of 32 px by annealed Langevin (benchmarks/_dcd/images.py), kept in dcd-images.jsonl.
+Each training is a line of docs/results/dcd.jsonl as it ends, and is not run again: a benchmark
+that was stopped goes on by the same command. `--table` prints what there is. `--images`, in place
+of it: pictures of 32 px by annealed Langevin (benchmarks/_dcd/images.py), whose lines are in
+docs/results/dcd-images.jsonl.
 """
 
 import argparse
@@ -43,10 +44,13 @@ def main() -> int:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help=default)
-    add("--iterations", type=int, default=1500, help=default)
-    add("--tuning", type=int, default=500, help=f"iterations of a choice {default}")
+    add("--iterations", type=int, default=1500, help=f"on points {default}")
+    add("--tuning", type=int, default=500, help=f"iterations of a choice, on points {default}")
+    add("--picture-iterations", type=int, default=500, help=default)
+    add("--picture-tuning", type=int, default=150, help=default)
     add("--images", action="store_true", help="draw pictures of 32 px instead, by KID")
     add("--image-updates", type=int, default=200, help=default)
+    add("--results", type=Path, default=ROOT / "docs/results", help=f"of the lines {default}")
     add("--out", type=Path, default=ROOT / "runs/benchmarks", help=default)
     add("--table", action="store_true", help="only show what there is")
     args = parser.parse_args()
@@ -59,13 +63,13 @@ def main() -> int:
         print(images.table(args))
         images.plot(args, args.out / "dcd-images.png")
         return 0
-    book = Book(args.out / "dcd.jsonl")
+    book = Book(args.results / "dcd.jsonl")
     if not args.table:
         for task in args.tasks:
             for name in args.methods:
                 setting = chosen(book, args, task, name)
                 for seed in args.seeds:
-                    cell = book.cell(args, task, name, setting, seed, args.iterations)
+                    cell = book.cell(args, task, name, setting, seed, length(args, task))
                     print(json.dumps(cell), flush=True)
     print(table(book, args))
     plot(book, args, args.out / "dcd.png")
@@ -102,7 +106,8 @@ class Book:
 def chosen(book: Book, args: argparse.Namespace, task: str, name: str) -> float:
     """The best of the method's four settings on the tuning seed."""
     values = methods.METHODS[name].values["pictures" if task == PICTURES else "points"]
-    cells = [book.cell(args, task, name, v, TUNING_SEED, args.tuning) for v in values]
+    n = args.picture_tuning if task == PICTURES else args.tuning
+    cells = [book.cell(args, task, name, v, TUNING_SEED, n) for v in values]
     best: float = min(cells, key=lambda c: c["score"])["setting"]
     return best
 
@@ -147,6 +152,12 @@ def run(
     }
 
 
+def length(args: argparse.Namespace, task: str) -> int:
+    """Iterations of a training that counts."""
+    n: int = args.picture_iterations if task == PICTURES else args.iterations
+    return n
+
+
 def grids(args: argparse.Namespace) -> Path:
     folder: Path = args.out / "dcd-grids"
     return folder
@@ -167,7 +178,7 @@ def rows(book: Book, args: argparse.Namespace, task: str) -> Iterator[tuple[str,
         cells = [
             c
             for c in book.cells
-            if (c["task"], c["method"], c["iterations"]) == (task, name, args.iterations)
+            if (c["task"], c["method"], c["iterations"]) == (task, name, length(args, task))
             and c["seed"] != TUNING_SEED
         ]
         if cells:
@@ -226,7 +237,7 @@ def plot(book: Book, args: argparse.Namespace, out: Path) -> None:
     if not names:
         return
     figure, axes = pyplot.subplots(
-        len(points.SETS), len(names) + 1, figsize=(2.2 * (len(names) + 1), 4.8), squeeze=False
+        len(points.SETS), len(names) + 1, figsize=(2.2 * (len(names) + 1), 5.4), squeeze=False
     )
     for line, task in zip(axes, points.SETS, strict=True):
         right = points.SETS[task]().log_density(points.grid()).view(points.SIDE, -1)
@@ -246,8 +257,8 @@ def plot(book: Book, args: argparse.Namespace, out: Path) -> None:
             axis.set_title(name + (f"\nKL {cell['score']:.3g}" if cell else ""), fontsize=8)
         for axis in line:
             axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    figure.tight_layout(h_pad=2)
+    figure.savefig(out, dpi=80)
     pyplot.close(figure)
 
 

@@ -10,8 +10,8 @@ off-mode and loss first.
     python benchmarks/disco.py --images [--image-updates 250]
 
 The same question on pictures (benchmarks/_disco/images.py): KID, held-out L_IG, curvature, use of
-the codes. A line of disco-images.jsonl for each model as it ends; the same command goes on where it
-was stopped.
+the codes. A line of docs/results/disco-images.jsonl for each model as it ends; the same command
+goes on where it was stopped.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--images", action="store_true", help="the part on pictures")
     parser.add_argument("--image-updates", type=int, default=250, help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="of --images: only show what there is")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def score(
 
 def run(args: argparse.Namespace) -> None:
     """What is missing."""
-    book = Book(args.out / "cdcd-images.jsonl")
+    book = Book(args.results / "cdcd-images.jsonl")
     train, held = load(["train"], SIZE), load(["heldout-concepts", "heldout-renderings"], SIZE)
     judge = Judge(train, held, args.out)
     vq = tokenizer_of_pictures(args, train.images_NCHW)
@@ -217,7 +217,7 @@ def fewest(row: Row, base: Row) -> int | None:
 
 def table(args: argparse.Namespace) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    book = Book(args.out / "cdcd-images.jsonl")
+    book = Book(args.results / "cdcd-images.jsonl")
     lines = [
         "| | NLL bound, nats a token | entropy of p(x_0 \\| x_t) | "
         f"KID in {T} steps | in 13 | in 6 | style in {T} | in 13 | in 6 | group in {T} | "
@@ -265,7 +265,7 @@ def plot(args: argparse.Namespace, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    book = Book(args.out / "cdcd-images.jsonl")
+    book = Book(args.results / "cdcd-images.jsonl")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in VARIANTS:
         rows = [r for r in book.rows if r["variant"] == name and r["updates"] == args.image_updates]

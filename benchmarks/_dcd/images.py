@@ -132,7 +132,7 @@ def gaussian(data: Tensor) -> Tensor:
 
 def run(args: argparse.Namespace) -> None:
     """What is missing."""
-    book = Book(args.out / "dcd-images.jsonl")
+    book = Book(args.results / "dcd-images.jsonl")
     train, held = load(["train"], SIZE), load(["heldout-concepts", "heldout-renderings"], SIZE)
     judge, data = Judge(train, held, args.out), train.images_NCHW
     mean = data.mean((0, 2, 3), keepdim=True)
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    book = Book(args.out / "dcd-images.jsonl")
+    book = Book(args.results / "dcd-images.jsonl")
     lines = [
         f"| | KID, sampler rate {RATES[0]:g} | {RATES[1]:g} | diverged | rows forward + back, a "
         "picture and step | CPU ms a step |",

@@ -217,7 +217,7 @@ def score(
 
 def run(args: argparse.Namespace) -> None:
     """What is missing."""
-    book = Book(args.out / "disco-images.jsonl")
+    book = Book(args.results / "disco-images.jsonl")
     train, held = load(["train"], SIZE), load(["heldout-concepts", "heldout-renderings"], SIZE)
     judge = Judge(train, held, args.out)
     tokenizer = Tokenizer("data/emoji/tokenizer.model")
@@ -261,7 +261,7 @@ COLUMNS = {
 
 def table(args: argparse.Namespace) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    book = Book(args.out / "disco-images.jsonl")
+    book = Book(args.results / "disco-images.jsonl")
     lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name in VARIANTS:
         rows = [r for r in book.rows if r["variant"] == name and r["updates"] == args.image_updates]
