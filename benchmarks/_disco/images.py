@@ -9,6 +9,7 @@ the training pictures; its training is counted beside.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,15 +34,6 @@ from pretrain.types import Batch
 SIZE, BATCH, IMAGES = 16, 32, 132
 LARGE = 2.0  # noise-to-signal ratio above which L_IG is also quoted
 CURVED = 0.5  # curvature is taken over noise levels above this
-SMALL = [
-    "data.size=16",
-    "model.image_size=16",
-    "model.unet.channels=[32, 64]",
-    "model.unet.attention=[false, true]",
-    "task.caption_drop=1.0",
-    "inference.guidance=0",
-    "evaluators={}",
-]
 CODES = [
     "objectives.disco.weight=1",
     "objectives.disco.codes=4",
@@ -79,9 +71,9 @@ class Data:
 
 
 def config_of(variant: str, seed: int) -> RunConfig:
-    """The quickstart's, made small."""
-    overrides = [*SMALL, *VARIANTS[variant], f"seed={seed}", "objectives.align.weight=0"]
-    return load_config(RunConfig, "configs/quickstart.yaml", overrides)
+    """Of images.yaml, with the variant's codes."""
+    overrides = [*VARIANTS[variant], f"seed={seed}"]
+    return load_config(RunConfig, Path(__file__).with_suffix(".yaml"), overrides)
 
 
 def fit(task: PretrainTask, config: RunConfig, data: Data, seed: int, updates: int) -> None:
