@@ -23,6 +23,7 @@ class DiffDisTextEncoder(ModelMixin, ConfigMixin):
         query_dim: of the query e.
         layers, heads: of the transformer.
         length: tokens of a text; longer ones are cut.
+        pool: what e is projected from: the feature of the "end" token, or the "mean" of the text's.
     """
 
     @register_to_config
@@ -35,6 +36,7 @@ class DiffDisTextEncoder(ModelMixin, ConfigMixin):
         layers: int,
         heads: int,
         length: int,
+        pool: str = "end",
     ) -> None:
         super().__init__()
         self.register_buffer("tokenizer", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
@@ -48,7 +50,7 @@ class DiffDisTextEncoder(ModelMixin, ConfigMixin):
         )
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, query_dim, bias=False)
-        self._length = length
+        self._length, self._pool = length, pool
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, length): begin, pieces, end, padding."""
@@ -69,6 +71,10 @@ class DiffDisTextEncoder(ModelMixin, ConfigMixin):
         for block in self.blocks:
             h = block(h, bias)
         c = self.norm(h)
-        last = mask.sum(1) - 1  # the end token
-        e = self.query(c[torch.arange(len(c), device=c.device), last])
+        if self._pool == "mean":
+            seen = mask[..., None].to(c.dtype)
+            pooled = (c * seen).sum(1) / seen.sum(1)
+        else:
+            pooled = c[torch.arange(len(c), device=c.device), mask.sum(1) - 1]  # the end token
+        e = self.query(pooled)
         return c, nn.functional.normalize(e.float(), dim=-1)

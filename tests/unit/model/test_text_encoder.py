@@ -1,13 +1,16 @@
 """What a text's query is made of: the end token's feature, or the mean over the text's tokens."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.model.text_config import TextEncoderConfig
 from pretrain.model.text_encoder import TextEncoder
+from pretrain.pipeline_files.diffdis_text_encoder import DiffDisTextEncoder
+from tests.conftest import ROOT
 
 TOKENS = torch.tensor([[1, 7, 9, 2, 0, 0], [1, 8, 5, 6, 4, 2]])
 MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
@@ -49,3 +52,22 @@ def test_both_have_the_same_weights(pool: Literal["end", "mean"]) -> None:
     state, plain = encoder(pool).state_dict(), encoder("end").state_dict()
     assert state.keys() == plain.keys()
     assert all(torch.equal(state[name], plain[name]) for name in state)
+
+
+@pytest.mark.parametrize("pool", ["end", "mean"])
+def test_an_exported_pipelines_encoder_gives_the_same(pool: Literal["end", "mean"]) -> None:
+    """The file that goes into the folder stands alone, so it says all this a second time."""
+    tokenizer = Tokenizer(str(ROOT / "data/emoji/tokenizer.model"))
+    texts = ["red apple", "a house with a garden and a very long name that is cut off", ""]
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"width": 16, "query_dim": 8, "layers": 1, "heads": 2, "length": 8}
+    ours = TextEncoder(TextEncoderConfig(**size, pool=pool), tokenizer.vocab_size)
+    data = (ROOT / "data/emoji/tokenizer.model").read_bytes()
+    vocab = tokenizer.vocab_size
+    exported = DiffDisTextEncoder(vocab, tokenizer_bytes=len(data), **size, pool=pool)
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    exported.load_state_dict({**ours.state_dict(), "tokenizer": raw})
+    expected = ours(*tokenizer.encode(texts, size["length"]))
+    c_BLD, e_BE = exported(texts)
+    torch.testing.assert_close(e_BE, expected.e_BE)
+    torch.testing.assert_close(c_BLD, expected.c_BLD)
