@@ -49,7 +49,7 @@ def main() -> int:
     add("--picture-iterations", type=int, default=500, help=default)
     add("--picture-tuning", type=int, default=150, help=default)
     add("--images", action="store_true", help="draw pictures of 32 px instead, by KID")
-    add("--image-updates", type=int, default=200, help=default)
+    add("--image-updates", type=int, default=120, help=default)
     add("--results", type=Path, default=ROOT / "docs/results", help=f"of the lines {default}")
     add("--out", type=Path, default=ROOT / "runs/benchmarks", help=default)
     add("--table", action="store_true", help="only show what there is")
