@@ -82,6 +82,8 @@ class Attempts:
         records.allow(self.ranks, attempt)
         hosts = self._prepare(attempt)
         if len(hosts) < self.min_nodes:
+            self._end(hosts, 0.0)  # their tickets: nothing was started
+            records.allow(self.ranks, "")
             return UNREACHABLE_EXIT_CODE, self.tried
         self.tried = True
         _say(f"attempt {attempt} on {', '.join(hosts)}")
@@ -97,6 +99,7 @@ class Attempts:
             _LEFT_SECONDS,
             self.launch.grace_seconds,
             pdsh,
+            world=sum(self.launch.hosts[host] for host in hosts),
         )
         outcome = supervise.run(
             (

@@ -50,6 +50,9 @@ class Launch:
         words += ["--master_port", str(self.port), "--no_local_rank", "--log_level", "error"]
         if options["launcher"] == "pdsh" and options["ssh_port"]:
             words += ["--ssh_port", str(options["ssh_port"])]
+        if options["launcher"] == "mpich":
+            # Not as a module: deepspeed would put -m before the path of its own helper (0.19.8).
+            return (*words, f"{self.code}/launcher/rank.py", self.ticket)
         return (*words, "--module", "launcher.rank", self.ticket)
 
     @classmethod

@@ -35,6 +35,7 @@ class Monitor:
             under way.
         log: what the launcher prints, if pdsh is it.
         own: the ranks whose heartbeats are looked at; None for all.
+        world: ranks that must have begun within begin_seconds; 0 where nobody here starts them all.
     """
 
     output: Path
@@ -45,10 +46,13 @@ class Monitor:
     saved_seconds: float
     log: Path | None = None
     own: range | None = None
+    world: int = 0
+    begin_seconds: float = 600.0
     _seen: dict[str, tuple[str, float]] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
     _old: list[records.End] = field(default_factory=list)
     _looked: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=time.monotonic)
     _read: int = 0
 
     def __post_init__(self) -> None:
@@ -66,9 +70,9 @@ class Monitor:
         if now - self._looked > _PAUSE_SECONDS:
             self._forget(now)
         self._looked = now
-        silent = self._silent(now)
-        if silent is not None:
-            return silent
+        why = self._silent(now) or self._not_begun(now)
+        if why is not None:
+            return why
         for kind, why, limit in self._failures():
             since = self._since.setdefault(kind, now)
             if now - since > limit:
@@ -78,6 +82,7 @@ class Monitor:
     def _forget(self, now: float) -> None:
         """This process was itself suspended, and perhaps the ranks with it: times begin anew."""
         self._since.clear()
+        self._began = now
         for name, (text, since) in self._seen.items():
             self._seen[name] = (text, max(since, now))
 
@@ -103,6 +108,20 @@ class Monitor:
                     f"heartbeat for {now - since:.0f} s"
                 )
         return None
+
+    def _not_begun(self, now: float) -> str | None:
+        if not self.world or now - self._began <= self.begin_seconds:
+            return None
+        begun = {record.rank for record in records.read(self.ranks, self.attempt)}
+        missing = [str(rank) for rank in range(self.world) if rank not in begun]
+        if not missing:
+            self.world = 0  # nothing more to look for
+            return None
+        names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        return (
+            f"{len(missing)} of {self.world} ranks ({names}) have not begun "
+            f"{now - self._began:.0f} s after the start"
+        )
 
     def _failures(self) -> list[tuple[str, str, float]]:
         """What the others cannot go on without, and how long they have: one that ended badly, and

@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+# Started by its path, its own folder comes first, whose `secrets` would hide Python's.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from launcher import records, supervise
 from launcher.rendezvous import rank_place
 from launcher.strict import JobError
 from launcher.ticket import Ticket
 
 _FENCE_SECONDS = 5.0
+# deepspeed's runner is given this one (`launcher.backends.hostfile`), and mpirun would hand it on.
+_OF_THE_RUNNER = "DS_ACCELERATOR"
 
 
 def run(ticket: Ticket) -> int:
@@ -38,6 +44,10 @@ def run(ticket: Ticket) -> int:
 
     if (why := fenced()) is not None:
         raise JobError(f"attempt={attempt!r} of {ticket.ranks} must not start: {why}")
+
+    def inherited(name: str) -> bool:
+        return name not in supervise.RANK_VARIABLES and name != _OF_THE_RUNNER
+
     log = records.log(ranks, attempt, place.rank)
     # Or every rank takes every core.
     threads = max(1, len(os.sched_getaffinity(0)) // place.local_world)
@@ -52,6 +62,7 @@ def run(ticket: Ticket) -> int:
         started=lambda pid: records.begin(
             ranks, attempt, place.rank, place.world, (pid, os.getpid(), *_launcher())
         ),
+        inherit=inherited if ticket.fenced else None,
         tied=True,
     )
     if outcome.ended is not None:

@@ -1,7 +1,7 @@
 """Where the ranks of a job meet, from the variables that each scheduler sets.
 
 Pure functions of an environment. A node's place is asked for once by `python -m launcher node`; a
-rank's own, where a launcher starts every rank by itself (mpirun), by `python -m launcher rank`.
+rank's own, where a launcher starts every rank by itself (mpirun), by `python -m launcher.rank`.
 """
 
 import re

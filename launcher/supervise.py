@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.1
 _WATCH_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Left over from another launcher, these would make this run's ranks believe they are that one's.
-_RANK_VARIABLES = (
+RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -245,7 +245,7 @@ def _before_start(tied: bool, ignored: Sequence[signal.Signals]) -> Callable[[],
 def _environment(
     extra: Mapping[str, str], inherit: Callable[[str], bool] | None = None
 ) -> dict[str, str]:
-    wanted = inherit or (lambda name: name not in _RANK_VARIABLES)
+    wanted = inherit or (lambda name: name not in RANK_VARIABLES)
     env = {name: value for name, value in os.environ.items() if wanted(name)}
     env.update(extra)
     # ninja stands beside python; that folder is on PATH only in an activated environment.

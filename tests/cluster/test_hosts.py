@@ -106,7 +106,8 @@ class Launcher:
 
     def _print(self, what: str) -> None:
         """For the table in docs/LAUNCH.md: `pytest -rP` shows it."""
-        print(f"{what} after {time.monotonic() - self.struck:.1f} s")
+        seconds, load = time.monotonic() - self.struck, os.getloadavg()[0]
+        print(f"{what} after {seconds:.1f} s, at a load of {load:.1f}")
 
     def code(self, seconds: float = START) -> int:
         """Its exit code; it must end within the time."""
@@ -186,6 +187,7 @@ def test_an_unreachable_host_at_the_start(launch: Callable[..., Launcher], hosts
     assert launcher.code(40) == 69, launcher.said()
     assert "host node2 is not reachable" in launcher.said()
     assert not list((launcher.run / "ranks").glob("*/*"))
+    launcher.check_no_orphan()
 
 
 @pytest.mark.soak
@@ -321,7 +323,10 @@ def test_other_launchers(
     require_programs_now(f"mpirun.{kind}")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "mpirun").symlink_to(f"/usr/bin/mpirun.{kind}")
+    # MPICH looks for it beside mpirun, there.
+    (tmp_path / "bin" / "hydra_pmi_proxy").symlink_to("/usr/bin/hydra_pmi_proxy")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("HYDRA_IFACE", "eth0")  # the head's own name is this machine's
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     launch(options={"launcher": kind}).check_complete()

@@ -42,10 +42,9 @@ def nodes(hosts: Hosts, folder: Path, attempt: int) -> "list[subprocess.Popen[by
             env["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = f"{hosts.network}.1"
         container = ["unshare", "-p", "-f", "--mount-proc", "--kill-child"] if index else []
         with open(folder / f"node-{index}.log", "ab") as log:
-            argv = hosts.command(name, [*container, *command])
-            started.append(
-                subprocess.Popen(argv, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-            )
+            # Entering a host's file systems leads to their root.
+            argv = hosts.command(name, ["env", "-C", str(ROOT), *container, *command])
+            started.append(subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT))
     return started
 
 

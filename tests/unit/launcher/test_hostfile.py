@@ -36,8 +36,10 @@ def test_a_plan(tmp_path: Path) -> None:
     assert "ServerAliveInterval=5" in dict(plan.env)["PDSH_SSH_ARGS_APPEND"]
     assert plan.secrets == (("HF_TOKEN", "env:HF_TOKEN"),)
     assert plan.files[0].text == hostfile.plan(job(path.read_text().splitlines())).files[0].text
-    for other in ("openmpi", "mpich"):
-        assert other in hostfile.plan(job(options={"launcher": other})).commands[0]
+    (command,) = hostfile.plan(job(options={"launcher": "openmpi"})).commands
+    assert "openmpi" in command and command[-3:-1] == ("--module", "launcher.rank")
+    (command,) = hostfile.plan(job(options={"launcher": "mpich"})).commands
+    assert "mpich" in command and command[-2] == f"{Path.cwd()}/launcher/rank.py"
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,6 +145,18 @@ def test_only_a_nodes_own_ranks_are_watched(tmp_path: Path) -> None:
     assert one.look() is None
     time.sleep(0.4)
     assert str(one.look()).startswith("rank 2 on node1")
+
+
+def test_ranks_that_never_begin(tmp_path: Path) -> None:
+    """As under an mpirun that waits for its helper on a host that has none."""
+    one = monitor(tmp_path, world=3, begin_seconds=0.2)
+    records.begin(tmp_path / "ranks", "0001", 1, 3, [])
+    assert one.look() is None
+    time.sleep(0.25)
+    assert str(one.look()).startswith("2 of 3 ranks (0, 2) have not begun")
+    for rank in (0, 2):
+        records.begin(tmp_path / "ranks", "0001", rank, 3, [])
+    assert one.look() is None
 
 
 def test_a_monitor_that_was_suspended_begins_anew(tmp_path: Path) -> None:

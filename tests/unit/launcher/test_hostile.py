@@ -124,7 +124,7 @@ EVERY = pytest.mark.parametrize("name", sorted(READERS))
 
 
 def test_every_backend_is_read_here() -> None:
-    elsewhere = {"hostfile"}  # which starts its ranks itself: tests/cluster
+    elsewhere = {"hostfile"}  # starts its ranks itself: test_hostfile.py, tests/cluster
     assert set(backends.names()) - elsewhere == set(READERS)
 
 
@@ -157,7 +157,7 @@ def test_values_arrive_or_are_refused(name: str, values: list[str], tmp_path: Pa
     assert not (tmp_path / "hacked").exists()
 
 
-@EVERY
+@pytest.mark.parametrize("name", backends.names())
 @settings(max_examples=50, deadline=None)
 @given(value=TEXT)
 def test_a_name_is_plain_or_refused(name: str, value: str) -> None:
@@ -169,7 +169,7 @@ def test_a_name_is_plain_or_refused(name: str, value: str) -> None:
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", value) and plan.name == value
 
 
-@EVERY
+@pytest.mark.parametrize("name", backends.names())
 @pytest.mark.parametrize("value", [f for f in FRAGMENTS if not re.fullmatch("[a-z0-9]+", f)])
 def test_options_are_plain_or_refused(name: str, value: str) -> None:
     """No option of a backend carries hostile text into a plan: most forms are closed."""

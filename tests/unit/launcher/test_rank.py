@@ -165,6 +165,23 @@ def test_another_attempt_ends_it(
     assert late.wait(20) == 2
 
 
+def test_started_by_its_path(tmp_path: Path) -> None:
+    """As deepspeed does over MPICH; its runner's own accelerator, which mpirun hands on, is not the
+    rank's, whose ticket may name one."""
+    tell = "import os; print(os.environ.get('DS_ACCELERATOR'))"
+    for attempt, env in (("0001", {}), ("0002", {"DS_ACCELERATOR": "xpu"})):
+        argv = (sys.executable, "-c", tell)
+        ticket.Ticket(str(tmp_path / "ranks"), attempt, argv, env, "node1", 2345).write("t")
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launcher/rank.py"), "t"],
+            env={**os.environ, **PLACE, "DS_ACCELERATOR": "cpu"},
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0
+        said = records.log(tmp_path / "ranks", attempt, 1).read_text()
+        assert said.strip() == env.get("DS_ACCELERATOR", "None")
+
+
 def test_no_ticket_and_no_name(tmp_path: Path) -> None:
     for name, said in (("absent", "is not on this host"), ("../x", "is not a name")):
         done = subprocess.run(
