@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 #
-# The image of a rank. Not built to its end where it was written (docs/LAUNCH.md says how far). What it runs (the pinned
-# requirements, `python -m pretrain`, `python -m launcher`) is tested there without it.
+# The image of a rank. Where it was written there is no Docker: FLAVOR=cpu was built by buildah and run by podman
+# (docs/LAUNCH.md), FLAVOR=cuda never.
 #
 #   docker build -t diffdis-pretrain .                                       CUDA: pip's torch brings its own libraries
 #   docker build -t diffdis-pretrain:cpu --build-arg FLAVOR=cpu .            CPU only, several GB smaller

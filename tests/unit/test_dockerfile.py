@@ -1,4 +1,4 @@
-"""The Dockerfile in its form. Whether it builds is tested nowhere (see docs/LAUNCH.md)."""
+"""The Dockerfile in its form. That it builds and runs was seen by hand (docs/LAUNCH.md)."""
 
 import re
 import shutil
