@@ -154,7 +154,8 @@ def start(
     output: Path, site: Site, faults: tuple[Fault, ...], drain: float, *settings: str
 ) -> Attempt:
     tracked = ("tracking.kind=mlflow", f"tracking.drain_seconds={drain}")
-    settings = (*SETTINGS, *tracked, *settings)
+    # (Another kind of tracking replaces what was said of the one before.)
+    settings = (*tracked, *SETTINGS, *settings)
     return Attempt(
         output,
         1,
