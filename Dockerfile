@@ -5,6 +5,7 @@
 #
 #   docker build -t diffdis-pretrain .                                       CUDA: pip's torch brings its own libraries
 #   docker build -t diffdis-pretrain:cpu --build-arg FLAVOR=cpu .            CPU only, several GB smaller
+#   sudo install -d -o 10001 runs                                            the image's user must be able to write there
 #   docker run --gpus all --shm-size 8g -v "$PWD/runs:/work/runs" diffdis-pretrain \
 #       python -m launcher local --config configs/quickstart.yaml
 #
